@@ -1,0 +1,133 @@
+"""Files on any ``pyarrow.fs`` path (a local path, ``s3://``, ``gs://``, ``hdfs://``), published atomically.
+
+A reader sees a whole file or folder, or the whole one of before: writing happens beside the target, and
+one rename (or, where a store has no rename, the marker file that is copied last) makes it visible.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from talk_dist.errors import DataError
+
+
+def resolve(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
+    """The file system of ``uri`` and the path inside it. Raises DataError for a scheme that pyarrow lacks."""
+    text = os.fspath(uri)
+    if "://" not in text:
+        return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+    try:
+        return pafs.FileSystem.from_uri(text)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise DataError(text, f"cannot open this file system ({error}); use a path, file://, s3:// or gs://") from error
+
+
+def join(uri: str | os.PathLike[str], *names: str) -> str:
+    return "/".join([os.fspath(uri).rstrip("/"), *names])
+
+
+def exists(uri: str | os.PathLike[str]) -> bool:
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+
+
+def read_bytes(uri: str | os.PathLike[str]) -> bytes:
+    """The whole file. Raises DataError if it is missing."""
+    filesystem, path = resolve(uri)
+    try:
+        with filesystem.open_input_file(path) as file:
+            return bytes(file.read())
+    except FileNotFoundError as error:
+        raise DataError(os.fspath(uri), "no such file") from error
+
+
+def read_json(uri: str | os.PathLike[str]) -> Any:
+    try:
+        return json.loads(read_bytes(uri))
+    except json.JSONDecodeError as error:
+        raise DataError(os.fspath(uri), f"is not valid JSON ({error}); it was cut short or edited") from error
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False) + "\n").encode()
+
+
+def write_atomic(uri: str | os.PathLike[str], data: bytes) -> None:
+    """Publish one file: readers see the old bytes or the new ones, never a part."""
+    filesystem, path = resolve(uri)
+    filesystem.create_dir(os.path.dirname(path), recursive=True)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as stream:  # an object store publishes an object whole
+            stream.write(data)
+        return
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def publish_folder(uri: str | os.PathLike[str], marker: str) -> Iterator[Path]:
+    """A local folder to write into; when the block ends without an error it becomes the folder ``uri``.
+
+    ``marker`` names the file without which readers refuse the folder: on a store without rename it is
+    copied last. After an error (a full disk, an interrupt) the folder of before is untouched.
+    """
+    filesystem, path = resolve(uri)
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    parent = os.path.dirname(path) if local else None
+    if parent:
+        os.makedirs(parent, exist_ok=True)
+    staging = Path(parent or os.environ.get("TMPDIR", "/var/tmp"), f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.tmp")
+    staging.mkdir()
+    try:
+        yield staging
+        if local:
+            _swap(staging, Path(path))
+        else:
+            _copy(staging, filesystem, path, marker)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap(staging: Path, target: Path) -> None:
+    for file in staging.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    previous = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.previous")
+    os.rename(target, previous)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        os.rename(previous, target)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _copy(staging: Path, filesystem: pafs.FileSystem, path: str, marker: str) -> None:
+    files = sorted(file for file in staging.rglob("*") if file.is_file())
+    files.sort(key=lambda file: file.name == marker)
+    for file in files:
+        target = f"{path}/{file.relative_to(staging).as_posix()}"
+        filesystem.create_dir(os.path.dirname(target), recursive=True)
+        with filesystem.open_output_stream(target) as stream, open(file, "rb") as source:
+            shutil.copyfileobj(source, stream, 1 << 20)

@@ -1,0 +1,155 @@
+"""The prepared text-attributed graph: what `prepare` publishes and what every shard loads.
+
+Layout of a prepared TAG (all ids below are row numbers 0..N-1 of the node table unless said otherwise):
+
+    META.json                     counts, classes, splits, tokenizer, partition, the hash of every file
+    part-00000/nodes.parquet      node int64, node_id (as the user wrote it), tokens list<int32> (unpadded,
+                                  special tokens included), label int32 (-1 = none), split int8
+    part-00000/graph.safetensors  indptr, indices, degree, halo_node, halo_owner, halo_row, halo_depth
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from talk_dist.data import storage
+from talk_dist.errors import DataError
+
+FORMAT = 1
+SPLITS = ("train", "val", "test")  # a node's split is an index into this, or -1
+
+
+@dataclass(frozen=True)
+class TokenLists:
+    """Token ids of many texts without padding: text i is ``values[offsets[i]:offsets[i + 1]]``."""
+
+    offsets: np.ndarray  # (n + 1,) int64
+    values: np.ndarray  # (tokens,) int32
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def take(self, rows: np.ndarray) -> TokenLists:
+        lists = [self[i] for i in rows]
+        lengths = np.array([len(item) for item in lists], dtype=np.int64)
+        values = np.concatenate(lists) if lists else np.zeros(0, np.int32)
+        return TokenLists(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values)
+
+    @staticmethod
+    def from_arrow(column: pa.ChunkedArray) -> TokenLists:
+        array = column.combine_chunks()
+        if isinstance(array, pa.ChunkedArray):  # zero chunks
+            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        values = array.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int32)
+        return TokenLists(offsets - offsets[0], values)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition: n own nodes, then h halo nodes (neighbours that other partitions own).
+
+    Local column c is own node c if c < n, else halo node c - n. Halo nodes are ordered by
+    (depth, owner, node); depth 1 are direct neighbours of own nodes. CSR rows exist for the own nodes and
+    for halo nodes of depth < ``halo_hops``, which is what a kernel of ``halo_hops + 1`` hops needs.
+    Edges are symmetric, unique, and include one self-loop a node; degrees are those of the whole graph.
+    """
+
+    index: int
+    node: np.ndarray  # (n,) int64, ascending
+    node_id: pa.Array  # (n,) as in the user's table
+    tokens: TokenLists  # n lists
+    label: np.ndarray  # (n,) int32, -1 = unlabelled
+    split: np.ndarray  # (n,) int8, index into SPLITS or -1
+    indptr: np.ndarray  # (rows + 1,) int64, rows >= n
+    indices: np.ndarray  # (entries,) int64, local columns, ascending within a row
+    degree: np.ndarray  # (n + h,) int64, self-loop counted
+    halo_node: np.ndarray  # (h,) int64
+    halo_owner: np.ndarray  # (h,) int32, partition that owns it
+    halo_row: np.ndarray  # (h,) int64, its row in the owner
+    halo_depth: np.ndarray  # (h,) int8
+
+    @property
+    def num_own(self) -> int:
+        return len(self.node)
+
+    def rows_of(self, split: str) -> np.ndarray:
+        """Own rows (ascending) that are in ``split`` and labelled."""
+        return np.flatnonzero((self.split == SPLITS.index(split)) & (self.label >= 0))
+
+
+class PreparedTag:
+    """A prepared TAG on storage: its META.json, and partitions loaded and verified on request."""
+
+    def __init__(self, path: str):
+        self.path = path
+        if not storage.exists(storage.join(path, "META.json")):
+            raise DataError(path, "is not a prepared TAG (no META.json); make one with `talk-dist prepare`")
+        self.meta: dict[str, Any] = storage.read_json(storage.join(path, "META.json"))
+        if self.meta.get("format") != FORMAT:
+            raise DataError(path, f"has format {self.meta.get('format')}, this version reads {FORMAT}; prepare it again")
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.meta["parts"])
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.meta["num_nodes"])
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.meta["classes"])
+
+    @cached_property
+    def train_class_counts(self) -> np.ndarray:
+        """(C,) number of training nodes of each class."""
+        return np.array(self.meta["class_counts"]["train"], dtype=np.int64)
+
+    def check_tokenizer(self, name: str, fingerprint: str) -> None:
+        """Raises DataError unless the texts were tokenised by the tokenizer that has ``fingerprint``."""
+        made = self.meta["tokenizer"]
+        if made["fingerprint"] != fingerprint:
+            raise DataError(
+                self.path,
+                f"was tokenised for encoder {made['name']!r} (tokenizer {made['fingerprint'][:12]}), but encoder "
+                f"{name!r} has tokenizer {fingerprint[:12]}; prepare it again with --encoder {name}",
+            )
+
+    def partition(self, index: int) -> Partition:
+        """Load partition ``index``. Raises DataError if a file changed since `prepare`."""
+        files = {name: self._read(index, name) for name in ("nodes.parquet", "graph.safetensors")}
+        table = pq.read_table(pa.BufferReader(files["nodes.parquet"]))
+        try:
+            graph = load_safetensors(files["graph.safetensors"])
+        except SafetensorError as error:
+            raise DataError(self.path, f"part {index}: graph.safetensors cannot be read ({error})") from error
+        column = {name: table.column(name) for name in table.column_names}
+        return Partition(
+            index=index,
+            node=column["node"].to_numpy(),
+            node_id=column["node_id"].combine_chunks(),
+            tokens=TokenLists.from_arrow(column["tokens"]),
+            label=column["label"].to_numpy(),
+            split=column["split"].to_numpy(),
+            **graph,
+        )
+
+    def _read(self, index: int, name: str) -> bytes:
+        relative = f"part-{index:05d}/{name}"
+        data = storage.read_bytes(storage.join(self.path, relative))
+        if hashlib.sha256(data).hexdigest() != self.meta["parts"][index]["files"][name]["sha256"]:
+            raise DataError(self.path, f"{relative} changed since it was prepared; prepare the graph again")
+        return data
