@@ -1,0 +1,297 @@
+"""Every setting of a distillation, one frozen dataclass a concern, each checked when it is made.
+
+`preset("default" | "quick" | "paper")` gives a whole configuration; a YAML file and command-line options
+override single fields of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from talk_dist.errors import ConfigError
+
+
+def _check(section: str, **rules: tuple[bool, Any, str]) -> None:
+    """Each rule is (holds, value, what is needed). Raises one ConfigError that lists the broken ones."""
+    broken = [f"{section}.{name} = {value!r}: {need}" for name, (holds, value, need) in rules.items() if not holds]
+    if broken:
+        raise ConfigError("; ".join(broken))
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The language model that turns texts, or synthetic token embeddings, into encodings."""
+
+    name: str = "minilm"
+    """`minilm` (installed with this package), a folder, or a Hugging Face name."""
+    pooling: Literal["auto", "cls", "mean"] = "auto"
+    """How token states become one vector; `auto` does what the checkpoint was trained for."""
+    adapters: bool = False
+    """Train LoRA adapters in the inner loop. False is the frozen mode: real texts are encoded once."""
+    rank: int = 4
+    """LoRA rank."""
+    alpha: int = 8
+    """LoRA alpha."""
+    dropout: float = 0.05
+    """LoRA dropout in the inner loop."""
+    targets: tuple[str, ...] = ()
+    """Names of the modules that get adapters; empty takes query, key and value of the architecture."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast for encoder passes; `auto` takes bfloat16 where the hardware multiplies it natively."""
+    batch_tokens: int = 8192
+    """Tokens (padding counted) in one batch of real texts."""
+    device: str = "auto"
+    """`auto` takes a GPU if there is one, else the CPU."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "encoder",
+            rank=(self.rank >= 1, self.rank, "at least 1"),
+            dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
+            batch_tokens=(self.batch_tokens >= 1, self.batch_tokens, "at least 1"),
+        )
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """The graph-aware neural tangent kernel and its ridge regression."""
+
+    hops: int = 2
+    """K: hops of propagation."""
+    layers: int = 1
+    """L: non-linear layers per hop."""
+    propagation: Literal["mean", "sym"] = "mean"
+    """`mean` is D^-1 A (the paper's), `sym` is D^-1/2 A D^-1/2 (a GCN's)."""
+    norms: Literal["exact", "linear"] = "exact"
+    """Diagonal of the propagated kernel: summed over pairs of neighbours, or the paper's approximation."""
+    degree_cap: int = 512
+    """Nodes with a larger receptive field take linear norms."""
+    ridge: float = 1e-3
+    """Relative to the mean diagonal of the synthetic kernel."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Number format of the kernel blocks; the solve is always in float64."""
+    chunk_mib: int = 256
+    """Memory for one chunk of rows of a kernel block."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "kernel",
+            hops=(self.hops >= 1, self.hops, "at least 1"),
+            layers=(self.layers >= 1, self.layers, "at least 1"),
+            ridge=(self.ridge >= 0, self.ridge, "not negative"),
+            chunk_mib=(self.chunk_mib >= 1, self.chunk_mib, "at least 1"),
+        )
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """The synthetic set: how many nodes, how long, how it starts and how it is stored."""
+
+    size: float = 0.01
+    """Below 1 a fraction of all real nodes, else the number of synthetic nodes M."""
+    tokens: int = 16
+    """T: token embeddings per synthetic node."""
+    init: Literal["random", "medoid", "two-stage"] = "two-stage"
+    """Real texts drawn at random; the texts nearest to class-wise k-means centres of P^2 H; or these fitted
+    to encodings that were optimised first."""
+    learn_labels: bool = False
+    """Learn soft labels beside the token embeddings."""
+    storage: Literal["float32", "bfloat16", "int8"] = "int8"
+    """Number format of the token embeddings on disk; int8 has one scale a token."""
+
+    def __post_init__(self) -> None:
+        whole = self.size < 1 or float(self.size).is_integer()
+        _check(
+            "synthetic",
+            size=(self.size > 0 and whole, self.size, "a fraction in (0, 1) or a whole number of nodes"),
+            tokens=(self.tokens >= 1, self.tokens, "at least 1"),
+        )
+
+
+@dataclass(frozen=True)
+class TwoStageConfig:
+    """`synthetic.init: two-stage`: first the encodings, then the tokens that produce them."""
+
+    feature_steps: int = 60
+    """Adam steps on the encodings themselves; no encoder pass is needed."""
+    feature_lr: float = 1e-2
+    """Step size relative to the root mean square of the encodings."""
+    token_steps: int = 120
+    """Adam steps on the token embeddings, mean squared error to the optimised encodings."""
+    token_lr: float = 3e-3
+    """Step size of the token embeddings."""
+    validate_every: int = 10
+    """Validate the kernel predictor each so many feature steps and keep the best encodings."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "two_stage",
+            feature_steps=(self.feature_steps >= 0, self.feature_steps, "not negative"),
+            token_steps=(self.token_steps >= 0, self.token_steps, "not negative"),
+            validate_every=(self.validate_every >= 1, self.validate_every, "at least 1"),
+        )
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The graph neural network on top of the encoder."""
+
+    kind: Literal["gcn", "sage", "sgc", "appnp", "gat"] = "gcn"
+    """Architecture."""
+    hidden: int = 256
+    """Hidden width."""
+    depth: int = 2
+    """Propagation hops (APPNP: ten power iterations whatever the depth)."""
+    dropout: float = 0.5
+    """Dropout before each linear layer."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "student",
+            hidden=(self.hidden >= 1, self.hidden, "at least 1"),
+            depth=(self.depth >= 1, self.depth, "at least 1"),
+            dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
+        )
+
+
+@dataclass(frozen=True)
+class InnerConfig:
+    """Training adapters and student on a small set (inner loop), by AdamW and cross-entropy."""
+
+    passes: int = 200
+    """At most so many passes."""
+    gnn_lr: float = 5e-3
+    """Learning rate of the student."""
+    adapter_lr: float = 1e-4
+    """Learning rate of the adapters."""
+    weight_decay: float = 5e-4
+    """Weight decay of the student."""
+    patience: int = 20
+    """Stop after so many passes without a lower training loss."""
+    target_loss: float = 1e-3
+    """Stop below this training loss."""
+    select_every: int = 10
+    """Passes between validations where a student is selected by validation accuracy (evaluation)."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "inner",
+            passes=(self.passes >= 1, self.passes, "at least 1"),
+            gnn_lr=(self.gnn_lr > 0, self.gnn_lr, "positive"),
+            adapter_lr=(self.adapter_lr > 0, self.adapter_lr, "positive"),
+            patience=(self.patience >= 1, self.patience, "at least 1"),
+        )
+
+
+@dataclass(frozen=True)
+class OuterConfig:
+    """The outer loop: steps of the synthetic set against the kernel ridge regression loss."""
+
+    epochs: int = 2
+    """Outer epochs: inner loop, encoding of the real texts, validation, steps."""
+    steps: int = 5
+    """Outer steps per epoch."""
+    lr: float = 5e-4
+    """AdamW learning rate of the token embeddings."""
+    label_lr: float = 1e-2
+    """Learning rate of learned labels."""
+    weight_decay: float = 0.0
+    """AdamW weight decay of the token embeddings."""
+    loss: Literal["mse", "ce"] = "ce"
+    """Squared error (the paper's) or cross-entropy with a learned temperature."""
+    temperature_lr: float = 0.05
+    """Learning rate of the log temperature."""
+    patience: int = 3
+    """Stop after so many epochs without a better validation accuracy."""
+    inject_batch: int = 32
+    """Synthetic nodes encoded at once during injection; changes memory, not the result."""
+    dropout: bool = False
+    """Keep the adapters' dropout on in outer steps (its random state is replayed in injection)."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "outer",
+            epochs=(self.epochs >= 0, self.epochs, "not negative"),
+            steps=(self.steps >= 1, self.steps, "at least 1"),
+            lr=(self.lr > 0, self.lr, "positive"),
+            patience=(self.patience >= 1, self.patience, "at least 1"),
+            inject_batch=(self.inject_batch >= 1, self.inject_batch, "at least 1"),
+        )
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where and how it runs. Nothing here changes the mathematics."""
+
+    threads: int = 0
+    """Threads of one shard (0: all cores). Part of the configuration because it changes the last bits."""
+    cache: bool = True
+    """Keep the frozen encoder's encodings beside the prepared TAG, for later runs."""
+
+    def __post_init__(self) -> None:
+        _check("runtime", threads=(self.threads >= 0, self.threads, "not negative"))
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The whole of one distillation."""
+
+    seed: int = 0
+    """Fixes every random choice."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    two_stage: TwoStageConfig = field(default_factory=TwoStageConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    inner: InnerConfig = field(default_factory=InnerConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> DistillConfig:
+        """The configuration of a nested dict. Raises ConfigError for an unknown key, with the nearest one."""
+        return _build(DistillConfig, values, "")
+
+
+def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in known:
+            raise unknown_key(f"{where}{key}", [f"{where}{name}" for name in known])
+    arguments = {}
+    for key, value in values.items():
+        factory = known[key].default_factory
+        nested = factory is not dataclasses.MISSING and dataclasses.is_dataclass(factory)
+        arguments[key] = _build(factory, value, f"{where}{key}.") if nested else value
+        if isinstance(arguments[key], list):
+            arguments[key] = tuple(arguments[key])
+    return kind(**arguments)
+
+
+def unknown_key(key: str, known: list[str]) -> ConfigError:
+    """The error for a setting that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return ConfigError(f"unknown setting {key!r}; the nearest known one is {near[0]!r}" if near else key)
+
+
+def preset(name: str = "default") -> DistillConfig:
+    """`default`: best on validation; `quick`: minutes on two cores; `paper`: TaLK to the letter."""
+    if name == "default":
+        return DistillConfig()
+    if name == "quick":
+        return DistillConfig(outer=OuterConfig(epochs=1))
+    if name == "paper":
+        return DistillConfig(
+            encoder=EncoderConfig(pooling="cls", adapters=True),
+            kernel=KernelConfig(norms="linear", ridge=1e-5),
+            synthetic=SyntheticConfig(tokens=256, init="random", storage="float32"),
+            inner=InnerConfig(passes=90, gnn_lr=1e-3, adapter_lr=1e-4),
+            outer=OuterConfig(epochs=80, steps=8, lr=1e-4, loss="mse", patience=80),
+        )
+    raise ConfigError(f"unknown preset {name!r}; one of default, quick, paper")

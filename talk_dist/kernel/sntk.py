@@ -1,0 +1,175 @@
+"""The graph-aware neural tangent kernel between real rows and synthetic columns (TaLK, arXiv 2606.22975;
+arc-cosine maps of Cho & Saul 2009, recursion of Arora et al. 2019 and, on graphs, of GC-SNTK 2024).
+
+Pure functions of torch tensors. A kernel has K hops of propagation with L non-linear layers each. The
+synthetic graph has self-loops only, so its propagation is the identity and the first hop of the real side
+is folded into the encodings: Z = P H is all that a block needs (method, section 4).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+# d k0 / d rho = 1 / (pi sqrt(1 - rho^2)) has a pole at 1: the slope is bounded as if rho were at most this.
+# Values are not clipped: clipping rho takes 0.45 % off the diagonal of K_ss, a *negative* ridge larger than
+# the ridge itself, and K_ss is then no longer positive semi-definite.
+SLOPE_CLIP = 0.9999
+_TINY = 1e-30
+
+
+class _ArcCosine(torch.autograd.Function):
+    """rho -> (k0, k1): k0 = (pi - arccos rho) / pi, k1 = (rho (pi - arccos rho) + sqrt(1 - rho^2)) / pi."""
+
+    @staticmethod
+    def forward(ctx, rho: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        rho = rho.clamp(-1.0, 1.0)
+        root = (1.0 - rho * rho).sqrt_()
+        k0 = 1.0 - torch.arccos(rho) / math.pi
+        ctx.save_for_backward(k0, root)
+        return k0, torch.addcmul(root / math.pi, rho, k0)
+
+    @staticmethod
+    def backward(ctx, grad_k0: Tensor, grad_k1: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        k0, root = ctx.saved_tensors
+        floor = math.sqrt(1.0 - SLOPE_CLIP**2)
+        return grad_k0 / (math.pi * root.clamp_min(floor)) + grad_k1 * k0
+
+
+def arc_cosine(rho: Tensor) -> tuple[Tensor, Tensor]:
+    """The arc-cosine maps of degree 0 and 1 at the correlations ``rho`` (any shape), normalised to 1 at rho = 1."""
+    k0, k1 = _ArcCosine.apply(rho)
+    return k0, k1
+
+
+def propagation(indptr: np.ndarray, indices: np.ndarray, degree: np.ndarray, kind: str) -> sp.csr_matrix:
+    """Row-wise propagation P (rows, columns) of a graph with self-loops, weighted by *global* degrees.
+
+    ``mean``: P = D^-1 A (the paper's); ``sym``: P = D^-1/2 A D^-1/2 (what a GCN student uses).
+    ``degree`` (columns,) counts the self-loop; row i and column i are the same node.
+    """
+    rows = len(indptr) - 1
+    per_row = np.repeat(degree[:rows], np.diff(indptr)).astype(np.float64)
+    weights = 1.0 / per_row if kind == "mean" else 1.0 / np.sqrt(per_row * degree[indices])
+    return sp.csr_matrix((weights, indices, indptr), shape=(rows, len(degree)))
+
+
+def to_torch(matrix: sp.csr_matrix, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
+    """A scipy CSR matrix as a torch one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(matrix.indptr.astype(np.int64)),
+            torch.from_numpy(matrix.indices.astype(np.int64)),
+            torch.from_numpy(matrix.data).to(dtype),
+            size=matrix.shape,
+            device=device,
+            check_invariants=False,
+        )
+
+
+def kernel_block(
+    z: Tensor, h_s: Tensor, propagations: Sequence[Tensor], norms: Sequence[Tensor], layers: int = 1
+) -> Tensor:
+    """Kernel between real rows and synthetic columns, shape (r_K, M).
+
+    ``z`` (r_1, d): rows of P H in the receptive field of the wanted rows; ``h_s`` (M, d): synthetic
+    encodings; ``propagations``: the K - 1 sparse matrices (r_k+1, r_k) of hops 2..K; ``norms``: for each hop
+    k the square roots (r_k,) of the propagated diagonal, see `node_norms`. Method, section 3.
+    """
+    sigma = theta = z @ h_s.T
+    m = torch.linalg.vector_norm(h_s, dim=1)
+    for hop, n in enumerate(norms):
+        if hop:
+            sigma, theta = propagations[hop - 1] @ sigma, propagations[hop - 1] @ theta
+        scale = torch.outer(n, m).clamp_min(_TINY)
+        for _ in range(layers):
+            k0, k1 = arc_cosine(sigma / scale)
+            sigma = k1 * scale
+            theta = theta * k0 + sigma
+    return theta
+
+
+def synthetic_kernel(h_s: Tensor, hops: int, layers: int = 1) -> Tensor:
+    """Kernel of the synthetic nodes with themselves (M, M): symmetric, positive semi-definite.
+
+    With the identity as propagation the diagonal never changes, so every hop has the same norms.
+    """
+    m = torch.linalg.vector_norm(h_s, dim=1)
+    sigma = theta = h_s @ h_s.T
+    scale = torch.outer(m, m).clamp_min(_TINY)
+    for _ in range(hops * layers):
+        k0, k1 = arc_cosine(sigma / scale)
+        sigma = k1 * scale
+        theta = theta * k0 + sigma
+    return (theta + theta.T) / 2
+
+
+def node_norms(
+    z: Tensor,
+    propagations: Sequence[sp.csr_matrix],
+    layers: int = 1,
+    kind: str = "exact",
+    degree_cap: int = 512,
+) -> list[Tensor]:
+    """Square roots of the diagonal of the propagated S at each hop: K tensors, shapes (r_1,), .., (r_K,).
+
+    ``linear``: ||(P^k H)_i||, the approximation of the paper's code: exact at hop 1, too small afterwards.
+    ``exact``: sums over pairs of neighbours. It depends on the real encodings only, so it is paid once per
+    encoding. A node whose receptive field exceeds ``degree_cap`` takes the linear value, with a warning.
+    """
+    norms = [torch.linalg.vector_norm(z, dim=1)]
+    smoothed = z
+    for matrix in propagations:
+        smoothed = to_torch(matrix, z.dtype, z.device) @ smoothed
+        norms.append(torch.linalg.vector_norm(smoothed, dim=1))
+    if kind == "linear":
+        return norms
+    capped = 0
+    for hop, matrix in enumerate(propagations, start=1):
+        for row in range(matrix.shape[0]):
+            span = slice(matrix.indptr[row], matrix.indptr[row + 1])
+            covariance = _covariance(z, propagations[: hop - 1], matrix.indices[span], layers, degree_cap)
+            if covariance is None:
+                capped += 1
+                continue
+            weight = torch.from_numpy(matrix.data[span]).to(z)
+            norms[hop][row] = (weight @ covariance @ weight).clamp_min(0.0).sqrt()
+    if capped:
+        warnings.warn(
+            f"{capped} nodes have more than {degree_cap} nodes in their receptive field and take linear norms; "
+            "raise kernel.degree_cap to make them exact",
+            stacklevel=2,
+        )
+    return norms
+
+
+def _covariance(
+    z: Tensor, propagations: Sequence[sp.csr_matrix], nodes: np.ndarray, layers: int, cap: int
+) -> Tensor | None:
+    """S among ``nodes`` (columns of the next hop) after hop len(propagations) + 1; None beyond the cap."""
+    if len(nodes) > cap:
+        return None
+    if not propagations:
+        rows = z[torch.from_numpy(nodes.astype(np.int64))]
+        raw = rows @ rows.T
+    else:
+        sub = propagations[-1][nodes]
+        support, local = np.unique(sub.indices, return_inverse=True)
+        inner = _covariance(z, propagations[:-1], support, layers, cap)
+        if inner is None:
+            return None
+        weights = sp.csr_matrix((sub.data, local, sub.indptr), shape=(len(nodes), len(support)))
+        dense = torch.from_numpy(weights.toarray()).to(z)
+        raw = dense @ inner @ dense.T
+    n = raw.diagonal().clamp_min(0.0).sqrt()
+    scale = torch.outer(n, n).clamp_min(_TINY)
+    for _ in range(layers):
+        raw = arc_cosine(raw / scale)[1] * scale
+    return raw

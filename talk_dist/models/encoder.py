@@ -1,0 +1,250 @@
+"""The encoder phi: a pretrained transformer, optional LoRA adapters, one pooled vector a node.
+
+It encodes token ids (real texts) and token embeddings (synthetic nodes), and injects the gradient of the
+kernel loss into token embeddings batch by batch (method, section 5).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from talk_dist.config import EncoderConfig
+from talk_dist.data.tag import TokenLists
+from talk_dist.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer, resolve_checkpoint
+from talk_dist.errors import ConfigError
+
+# What transformers calls query, key and value projections in the usual architectures.
+ATTENTION_NAMES = {"query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "Wqkv", "c_attn"}
+Adapters = dict[str, np.ndarray]
+
+
+class TextEncoder:
+    """Owns the language model. Raises ConfigError if the checkpoint, its targets or its length do not fit."""
+
+    def __init__(self, config: EncoderConfig):
+        from transformers import AutoModel
+
+        self.config = config
+        self.device = torch.device(_device(config.device))
+        self.model: nn.Module = load_pretrained(AutoModel.from_pretrained, config.name, dtype=torch.float32)
+        self.model.requires_grad_(False)
+        self.pooling = _pooling(config)
+        self.width = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        if config.adapters:
+            self._add_adapters()
+        self.model.to(self.device).eval()
+        self.autocast = _bfloat16(config.precision, self.device)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.config.name)
+
+    @property
+    def token_table(self) -> Tensor:
+        """(vocabulary, d_tok) the embedding of every token."""
+        return self.model.get_input_embeddings().weight.detach()  # type: ignore[operator, union-attr]
+
+    @property
+    def max_positions(self) -> int:
+        return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))  # type: ignore[union-attr, arg-type]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 hex of the frozen weights and of how they are used: what a cache of encodings depends on."""
+        digest = hashlib.sha256(f"{self.pooling} {self.autocast} {self.device.type}".encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            if "lora_" not in name:
+                digest.update(name.replace(".base_layer", "").encode())
+                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    # -- adapters ---------------------------------------------------------------------------------------
+
+    def _add_adapters(self) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        leaves = {name.rsplit(".", 1)[-1] for name, module in self.model.named_modules() if not list(module.children())}
+        targets = set(self.config.targets) or leaves & ATTENTION_NAMES
+        if not targets or not targets <= leaves:
+            missing = sorted(targets - leaves) or "no query, key or value projection"
+            raise ConfigError(f"encoder.targets: {missing} not found in {self.config.name!r}; it has {sorted(leaves)}")
+        lora = LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,
+            lora_dropout=self.config.dropout,
+            target_modules=sorted(targets),
+        )
+        inject_adapter_in_model(lora, self.model)
+        self.reset_adapters(0)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of every adapter; empty in the frozen mode."""
+        return {name: p for name, p in self.model.named_parameters() if "lora_" in name}
+
+    def adapters(self) -> Adapters:
+        """A copy of the adapters as numpy, to be shipped to shards."""
+        return {name: p.detach().cpu().numpy().copy() for name, p in self.adapter_parameters().items()}
+
+    def load_adapters(self, adapters: Adapters) -> None:
+        parameters = self.adapter_parameters()
+        if adapters.keys() != parameters.keys():
+            raise ConfigError(f"adapters of another encoder: {sorted(adapters.keys() ^ parameters.keys())[:4]}")
+        with torch.no_grad():
+            for name, value in adapters.items():
+                parameters[name].copy_(torch.from_numpy(np.array(value)))
+
+    def reset_adapters(self, seed: int) -> None:
+        """Fresh adapters (their product is zero); the seed fixes them whatever was drawn before."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in sorted(self.adapter_parameters().items()):
+                bound = p.shape[-1] ** -0.5  # LoRA's own start: A Kaiming-uniform with a = sqrt(5), B zero
+                fresh = (torch.rand(p.shape, generator=generator) * 2 - 1) * bound
+                p.copy_(fresh if "lora_A" in name else torch.zeros_like(p))
+
+    # -- encoding ---------------------------------------------------------------------------------------
+
+    def encode_tokens(self, tokens: TokenLists, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+        """Encodings (n, d) float32 of n token lists, without gradient.
+
+        Exact duplicates are encoded once; batches hold texts of like length, so that little is padding.
+        """
+        first: dict[bytes, int] = {}
+        source = np.array([first.setdefault(tokens[i].tobytes(), i) for i in range(len(tokens))], dtype=np.int64)
+        unique = np.unique(source)
+        lengths = np.diff(tokens.offsets)
+        order = unique[np.argsort(-lengths[unique], kind="stable")]
+        out = np.zeros((len(tokens), self.width), dtype=np.float32)
+        start = 0
+        while start < len(order):
+            longest = max(1, int(lengths[order[start]]))
+            batch = order[start : start + max(1, self.config.batch_tokens // longest)]
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            mask = torch.zeros(len(batch), longest, dtype=torch.long)
+            for slot, row in enumerate(batch):
+                ids[slot, : lengths[row]] = torch.from_numpy(tokens[row].astype(np.int64))
+                mask[slot, : lengths[row]] = 1
+            with torch.inference_mode():
+                pooled = self._forward(mask, input_ids=ids.to(self.device))
+            out[batch] = pooled.float().cpu().numpy()
+            start += len(batch)
+            if progress is not None:
+                progress(start, len(order))
+        return out[source]
+
+    def encode_embeds(
+        self, x: Tensor, mask: Tensor | None = None, batch: int = 32, dropout_seed: int | None = None
+    ) -> Tensor:
+        """Encodings (M, d) of token embeddings ``x`` (M, T, d_tok), without gradient, ``batch`` nodes at once."""
+        with torch.no_grad():
+            parts = [self.forward_embeds(x[s], _rows(mask, s), _seed(dropout_seed, s)) for s in _slices(len(x), batch)]
+        return torch.cat(parts)
+
+    def inject(
+        self, x: Tensor, d_hs: Tensor, mask: Tensor | None = None, batch: int = 32, dropout_seed: int | None = None
+    ) -> Tensor:
+        """Gradient (M, T, d_tok) of <phi(x), d_hs>: encode again with gradient, batch by batch.
+
+        With ``dropout_seed`` the same dropout masks are drawn as in `encode_embeds` with that seed and batch.
+        """
+        grads = []
+        for s in _slices(len(x), batch):
+            leaf = x[s].detach().requires_grad_()
+            pooled = self.forward_embeds(leaf, _rows(mask, s), _seed(dropout_seed, s))
+            grads.append(torch.autograd.grad(pooled, leaf, d_hs[s].to(pooled))[0])
+        return torch.cat(grads)
+
+    def forward_embeds(self, x: Tensor, mask: Tensor | None = None, dropout_seed: int | None = None) -> Tensor:
+        """Pooled encodings (m, d) float32 of ``x`` (m, T, d_tok), differentiable; dropout only with a seed."""
+        if x.shape[1] > self.max_positions:
+            raise ConfigError(f"synthetic.tokens = {x.shape[1]}: {self.config.name!r} has {self.max_positions} positions")
+        mask = torch.ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
+        with self._dropout(dropout_seed):
+            return self._forward(mask, inputs_embeds=x.to(self.device)).float()
+
+    def _forward(self, mask: Tensor, **inputs: Tensor) -> Tensor:
+        mask = mask.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            states = self.model(attention_mask=mask, **inputs).last_hidden_state
+        if self.pooling == "cls":
+            return states[:, 0]
+        weight = mask[:, :, None].float()
+        return (states.float() * weight).sum(1) / weight.sum(1).clamp_min(1.0)
+
+    @contextmanager
+    def _dropout(self, seed: int | None) -> Iterator[None]:
+        """Dropout of the *adapters* on, its random state fixed by ``seed``; the frozen model has none."""
+        if seed is None:
+            yield
+            return
+        drops = [m for name, m in self.model.named_modules() if "lora_dropout" in name and isinstance(m, nn.Dropout)]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for module in drops:
+                module.train()
+            try:
+                yield
+            finally:
+                for module in drops:
+                    module.eval()
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    return None if mask is None else mask[rows]
+
+
+def _seed(seed: int | None, rows: slice) -> int | None:
+    return None if seed is None else seed + rows.start
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"encoder.device = {name!r}, but torch sees no GPU here; use auto or cpu")
+    return name
+
+
+def _bfloat16(precision: str, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    info = Path("/proc/cpuinfo")
+    return next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
+
+
+def _pooling(config: EncoderConfig) -> str:
+    """`auto`: what a sentence-transformers checkpoint says, else CLS."""
+    if config.pooling != "auto":
+        return config.pooling
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        resolve_checkpoint(config.name),
+        "1_Pooling/config.json",
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return "cls"
+    return "mean" if json.loads(Path(path).read_text()).get("pooling_mode_mean_tokens") else "cls"

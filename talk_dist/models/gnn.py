@@ -1,0 +1,96 @@
+"""The student: a small message-passing network that works layer by layer, so that shards can run it with
+one halo exchange a layer.
+
+A student is a list of *stages*. A stage reads the current features of own and halo nodes and returns those
+of all local nodes, of which only the own ones are right; the pool exchanges halos between stages. On a whole
+graph there is no halo, and `forward` is the stages in a row. Convolutions are torch-geometric's, with edge
+weights from global degrees.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import GATConv, GCNConv, SAGEConv
+
+from talk_dist.config import StudentConfig
+from talk_dist.kernel.sntk import propagation, to_torch
+
+APPNP_STEPS, APPNP_TELEPORT = 10, 0.1
+
+
+def local_graph(kind: str, indptr: np.ndarray, indices: np.ndarray, degree: np.ndarray) -> Tensor:
+    """The sparse CSR matrix (local, local) that a student of ``kind`` multiplies with.
+
+    Rows are given for own nodes, columns are own and halo nodes; halo rows stay empty. Weights come from
+    global degrees: D^-1 A for SAGE, D^-1/2 A D^-1/2 for the others (GAT ignores them).
+    """
+    matrix = propagation(indptr, indices, degree, "mean" if kind == "sage" else "sym")
+    matrix.resize(len(degree), len(degree))
+    return to_torch(matrix, torch.float32)
+
+
+def self_loops(num_nodes: int) -> Tensor:
+    """The synthetic graph: every node only sees itself."""
+    nodes = np.arange(num_nodes + 1)
+    return local_graph("gcn", nodes, nodes[:-1], np.ones(num_nodes, np.int64))
+
+
+class Student(nn.Module):
+    """GCN, SAGE, SGC, APPNP or GAT over encodings of width ``in_dim`` with ``num_classes`` outputs."""
+
+    def __init__(self, config: StudentConfig, in_dim: int, num_classes: int, seed: int):
+        super().__init__()
+        self.config, self.in_dim, self.num_classes = config, in_dim, num_classes
+        kind, width, depth = config.kind, config.hidden, config.depth
+        dims = [in_dim] + [width] * (depth - 1) + [num_classes]
+        pairs = list(zip(dims[:-1], dims[1:], strict=True))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layers: list[nn.Module]
+            if kind == "gcn":
+                layers = [GCNConv(a, b, normalize=False, add_self_loops=False) for a, b in pairs]
+            elif kind == "sage":
+                layers = [SAGEConv(a, b, aggr="sum") for a, b in pairs]
+            elif kind == "gat":
+                heads = 8 if width % 8 == 0 else 1
+                layers = [GATConv(a, b // heads, heads=heads, add_self_loops=False) for a, b in pairs[:-1]]
+                layers.append(GATConv(*pairs[-1], add_self_loops=False))
+            elif kind == "sgc":
+                layers = [nn.Linear(in_dim, num_classes)]
+            else:  # appnp: a two-layer perceptron, then personalised PageRank
+                layers = [nn.Linear(in_dim, width), nn.Linear(width, num_classes)]
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def num_stages(self) -> int:
+        return {"appnp": APPNP_STEPS}.get(self.config.kind, self.config.depth)
+
+    def stage(self, index: int, x: Tensor, graph: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One stage: ``x`` (local nodes, width) and what APPNP teleports to -> the same for the next stage."""
+        kind, last = self.config.kind, index == self.num_stages - 1
+        if kind == "sgc":
+            x = graph @ x
+            return (self.layers[0](self._drop(x)) if last else x), None
+        if kind == "appnp":
+            if index == 0:
+                x = root = self.layers[1](self._drop(self.layers[0](self._drop(x)).relu()))
+            assert root is not None
+            return (1 - APPNP_TELEPORT) * (graph @ x) + APPNP_TELEPORT * root, root
+        x, layer = self._drop(x), self.layers[index]
+        x = layer(x, graph)
+        if not last:
+            x = nn.functional.elu(x) if kind == "gat" else x.relu()
+        return x, None
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        """Logits (nodes, C) on a whole graph."""
+        root: Tensor | None = None
+        for index in range(self.num_stages):
+            x, root = self.stage(index, x, graph, root)
+        return x
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.config.dropout, self.training)
+

@@ -1,0 +1,141 @@
+"""The inner loop: train a student, and the encoder's adapters if it has any, on a small set of synthetic nodes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from talk_dist.config import InnerConfig
+from talk_dist.models.encoder import Adapters, TextEncoder
+from talk_dist.models.gnn import Student, self_loops
+
+
+Select = Callable[[Student], float]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How training ended. ``selected`` is the best value of ``select``, or minus the best training loss."""
+
+    passes: int
+    loss: float
+    selected: float
+
+
+def soft_labels(y_s: Tensor) -> Tensor:
+    """Label matrix (M, C) as class probabilities: negative entries cut, rows summing to one."""
+    positive = y_s.clamp_min(0.0)
+    return (positive / positive.sum(1, keepdim=True).clamp_min(1e-12)).float()
+
+
+def fit(
+    encoder: TextEncoder,
+    student: Student,
+    x_s: Tensor,
+    y_s: Tensor,
+    config: InnerConfig,
+    *,
+    mask: Tensor | None = None,
+    seed: int = 0,
+    batch: int = 32,
+    select: Select | None = None,
+) -> FitResult:
+    """Train on (x_s, y_s, I) with soft-label cross-entropy; ends with the best student and adapters loaded.
+
+    A frozen encoder is run once. With adapters the gradients of all batches are summed before the step, so
+    that the batch size changes memory and not the result (but for dropout's draws).
+    """
+    if not encoder.adapter_parameters():
+        return fit_encodings(student, encoder.encode_embeds(x_s, mask, batch), y_s, config, seed=seed, select=select)
+    targets = soft_labels(y_s)
+
+    def step(index: int) -> Tensor:
+        total = torch.zeros(())
+        for start in range(0, len(x_s), batch):
+            rows = slice(start, start + batch)
+            dropout_seed = seed + index * len(x_s) + start
+            h = encoder.forward_embeds(x_s[rows], None if mask is None else mask[rows], dropout_seed)
+            logits = student(h, self_loops(len(h)).to(h.device))
+            loss = cross_entropy(logits, targets[rows].to(logits), reduction="sum") / len(x_s)
+            loss.backward()
+            total += loss.detach().cpu()
+        return total
+
+    return train(step, student, config, encoder=encoder, seed=seed, select=select)
+
+
+def fit_encodings(
+    student: Student, h_s: Tensor, y_s: Tensor, config: InnerConfig, *, seed: int = 0, select: Select | None = None
+) -> FitResult:
+    """Train a student on fixed encodings (M, d) of nodes that only see themselves."""
+    graph, targets = self_loops(len(h_s)).to(h_s.device), soft_labels(y_s).to(h_s.device)
+
+    def step(index: int) -> Tensor:
+        loss = cross_entropy(student(h_s, graph), targets)
+        loss.backward()
+        return loss.detach()
+
+    return train(step, student, config, seed=seed, select=select)
+
+
+def train(
+    step: Callable[[int], Tensor],
+    student: Student,
+    config: InnerConfig,
+    *,
+    encoder: TextEncoder | None = None,
+    seed: int,
+    select: Select | None = None,
+) -> FitResult:
+    """AdamW on student and adapters over ``step(pass)``, which leaves gradients and returns the loss.
+
+    Without ``select`` the best pass has the lowest training loss; with it, the highest ``select(student)``,
+    asked every ``config.select_every`` passes (validation accuracy). Shared by the small sets above and by
+    the full-data reference, so that one recipe serves both.
+    """
+    parameters = encoder.adapter_parameters() if encoder else {}
+    for p in parameters.values():
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": student.parameters(), "lr": config.gnn_lr, "weight_decay": config.weight_decay},
+            {"params": parameters.values(), "lr": config.adapter_lr, "weight_decay": 0.0},
+        ]
+    )
+    best, best_value, best_loss, stale, index = None, -float("inf"), float("inf"), 0, 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for index in range(1, config.passes + 1):
+            student.train()
+            optimizer.zero_grad()
+            loss = float(step(index))
+            stale = 0 if loss < best_loss else stale + 1
+            best_loss = min(best_loss, loss)
+            last = stale >= config.patience or loss < config.target_loss or index == config.passes
+            if select is None and loss <= best_loss:
+                best_value, best = -loss, _snapshot(student, encoder)
+            optimizer.step()
+            if select is not None and (last or index % config.select_every == 0):
+                student.eval()
+                value = select(student)
+                if value > best_value:
+                    best_value, best = value, _snapshot(student, encoder)
+            if last:
+                break
+    for p in parameters.values():
+        p.requires_grad_(False)
+    if best is not None:
+        student.load_state_dict(best[0])
+        if encoder:
+            encoder.load_adapters(best[1])
+    student.eval()
+    return FitResult(index, best_loss, best_value)
+
+
+def _snapshot(student: Student, encoder: TextEncoder | None) -> tuple[dict[str, Tensor], Adapters]:
+    return copy.deepcopy(student.state_dict()), encoder.adapters() if encoder else {}

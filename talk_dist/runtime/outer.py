@@ -1,0 +1,80 @@
+"""The outer objective as a function of the synthetic encodings: broadcast, sum over shards, complete."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from talk_dist.config import DistillConfig
+from talk_dist.kernel.krr import complete_gradient, dual_coefficients, loss_scale
+from talk_dist.kernel.sntk import synthetic_kernel
+from talk_dist.models.gnn import Student
+from talk_dist.runtime.pool import ShardPool
+from talk_dist.runtime.shard import LossSpec, StudentState
+
+
+@dataclass(frozen=True)
+class OuterGradient:
+    """Mean loss over the training rows and its gradient."""
+
+    loss: float
+    d_hs: Tensor  # (M, d) float64
+    d_ys: Tensor  # (M, C) float64
+    d_log_temperature: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The kernel ridge regression loss of a synthetic set on the real training rows (method, section 3)."""
+
+    initial_log_temperature: ClassVar[float] = math.log(5.0)
+
+    pool: ShardPool
+    config: DistillConfig
+
+    def __call__(self, h_s: Tensor, y_s: Tensor, log_temperature: float) -> OuterGradient:
+        """Loss and gradient at encodings ``h_s`` (M, d) and labels ``y_s`` (M, C)."""
+        kernel, kind = self.config.kernel, self.config.outer.loss
+        h_s = h_s.cpu()
+        solution = dual_coefficients(synthetic_kernel(h_s.double(), kernel.hops, kernel.layers), y_s, kernel.ridge)
+        sums = self.pool.loss_and_grads(h_s.numpy(), solution.dual.numpy(), LossSpec(kind, log_temperature))
+        scale = loss_scale(kind, sums.num_rows, y_s.shape[1])
+        d_hs, d_ys = complete_gradient(
+            h_s,
+            solution,
+            scale * torch.from_numpy(sums.d_dual),
+            scale * torch.from_numpy(sums.d_hs),
+            kernel.ridge,
+            kernel.hops,
+            kernel.layers,
+        )
+        return OuterGradient(scale * sums.loss, d_hs, d_ys, scale * sums.d_log_temperature)
+
+    def krr_counts(self, h_s: Tensor, y_s: Tensor, split: str) -> np.ndarray:
+        """Confusion counts (C, C) of the kernel predictor on ``split``."""
+        kernel, h_s = self.config.kernel, h_s.cpu()
+        solution = dual_coefficients(synthetic_kernel(h_s.double(), kernel.hops, kernel.layers), y_s, kernel.ridge)
+        return self.pool.krr_scores(h_s.numpy(), solution.dual.numpy(), split)
+
+
+def accuracy(counts: np.ndarray) -> float:
+    """Share of hits in confusion counts (C, C) [true, predicted]."""
+    return float(np.trace(counts) / max(1, counts.sum()))
+
+
+def macro_f1(counts: np.ndarray) -> float:
+    """Mean over classes of the F1 score, from confusion counts (C, C) [true, predicted]."""
+    hits = np.diag(counts).astype(np.float64)
+    denominator = counts.sum(0) + counts.sum(1)
+    present = denominator > 0
+    return float((2 * hits[present] / denominator[present]).mean()) if present.any() else 0.0
+
+
+def student_accuracy(pool: ShardPool, student: Student, split: str) -> float:
+    """Accuracy of a trained student on the real nodes of ``split``."""
+    return accuracy(pool.student_scores(StudentState.of(student), [split])[0])

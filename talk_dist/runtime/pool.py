@@ -1,0 +1,144 @@
+"""The pool of shards: the only thing that `distill` knows of the real graph.
+
+`LocalPool` maps over shards in a loop. Another pool may map over processes: all that crosses its boundary
+has M rows or fewer, is a bounded sample, or is a count, and everything is summed in shard order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from talk_dist.config import KernelConfig, RuntimeConfig
+from talk_dist.data.tag import PreparedTag, TokenLists
+from talk_dist.models.encoder import Adapters, TextEncoder
+from talk_dist.runtime.shard import LossSpec, Sample, Shard, ShardGrads, ShardSpec, StudentState
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TrainSample:
+    """At most s training rows a class, by class and then by the hash of their id: the same for any sharding."""
+
+    label: np.ndarray  # (n,)
+    features: np.ndarray  # (n, d) P^2 H
+    place: np.ndarray  # (n, 2) shard, row: for `ShardPool.tokens`
+
+
+class ShardPool(Protocol):
+    """What the method needs of the real graph, wherever its shards live."""
+
+    tag: PreparedTag
+
+    def encode(self, adapters: Adapters, progress: Progress | None = None) -> None:
+        """Encode all texts, exchange halos, propagate; nothing to do if these adapters are current."""
+
+    def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
+        """Loss and gradient sums over all training rows."""
+
+    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
+        """Confusion counts (C, C) of the kernel predictor."""
+
+    def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
+        """Confusion counts (C, C) of a student for each split, from one pass over the graph."""
+
+    def sample(self, per_class: int, seed: int) -> TrainSample:
+        """Training rows with propagated encodings, for initialisation and coresets."""
+
+    def tokens(self, place: np.ndarray) -> TokenLists:
+        """Token ids of the nodes at (shard, row)."""
+
+
+class LocalPool:
+    """All shards in this process, sharing one encoder."""
+
+    def __init__(self, tag: PreparedTag, encoder: TextEncoder, kernel: KernelConfig, runtime: RuntimeConfig):
+        if runtime.threads:
+            torch.set_num_threads(runtime.threads)
+        self.tag = tag
+        self.shards = [
+            Shard(ShardSpec(tag.path, part, kernel, runtime.cache), encoder) for part in range(tag.num_parts)
+        ]
+        self._halo_depth = max(1, kernel.hops - 1)
+
+    def encode(self, adapters: Adapters, progress: Progress | None = None) -> None:
+        if not any([shard.encode(adapters, progress) for shard in self.shards]):
+            return
+        self._exchange("H", 1)
+        for shard in self.shards:
+            shard.propagate()
+        self._exchange("Z", self._halo_depth)
+        for shard in self.shards:
+            shard.measure_norms()
+
+    def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
+        return add_grads([shard.loss_and_grads(h_s, dual, loss) for shard in self.shards])
+
+    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
+        return add([shard.krr_scores(h_s, dual, split) for shard in self.shards])
+
+    def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
+        for shard in self.shards:
+            shard.student_begin(student)
+        for stage in range(student.build().num_stages):
+            if stage:
+                self._exchange("X", 1)
+            for shard in self.shards:
+                shard.student_stage(stage)
+        return [add([shard.student_scores(split) for shard in self.shards]) for split in splits]
+
+    def sample(self, per_class: int, seed: int) -> TrainSample:
+        return merge_samples([shard.sample(per_class, seed) for shard in self.shards], per_class)
+
+    def tokens(self, place: np.ndarray) -> TokenLists:
+        return join_tokens(place, lambda shard, rows: self.shards[shard].tokens(rows))
+
+    def _exchange(self, name: str, depth: int) -> None:
+        for shard in self.shards:
+            replies = [self.shards[owner].rows(name, rows) for owner, rows in shard.requests(depth)]
+            shard.receive(name, depth, replies)
+
+
+def add(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The sum in shard order, whatever order the parts arrived in."""
+    total = np.array(parts[0])
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def add_grads(parts: Sequence[ShardGrads]) -> ShardGrads:
+    return ShardGrads(
+        loss=sum(p.loss for p in parts),
+        num_rows=sum(p.num_rows for p in parts),
+        d_dual=add([p.d_dual for p in parts]),
+        d_hs=add([p.d_hs for p in parts]),
+        d_log_temperature=sum(p.d_log_temperature for p in parts),
+    )
+
+
+def merge_samples(parts: Sequence[Sample], per_class: int) -> TrainSample:
+    key = np.concatenate([p.key for p in parts])
+    label = np.concatenate([p.label for p in parts])
+    place = np.concatenate([np.stack([np.full(len(p.row), i), p.row], 1) for i, p in enumerate(parts)])
+    features = np.concatenate([p.features for p in parts])
+    order = np.lexsort((key, label))
+    sorted_label = label[order]
+    rank = np.arange(len(order)) - np.searchsorted(sorted_label, sorted_label)
+    order = order[rank < per_class]
+    return TrainSample(label[order], features[order], place[order])
+
+
+def join_tokens(place: np.ndarray, fetch: Callable[[int, np.ndarray], list[np.ndarray]]) -> TokenLists:
+    lists: list[np.ndarray] = [np.zeros(0, np.int32)] * len(place)
+    for shard in np.unique(place[:, 0]):
+        slots = np.flatnonzero(place[:, 0] == shard)
+        for slot, tokens in zip(slots, fetch(int(shard), place[slots, 1]), strict=True):
+            lists[slot] = tokens
+    offsets = np.concatenate([[0], np.cumsum([len(t) for t in lists])]).astype(np.int64)
+    return TokenLists(offsets, np.concatenate(lists))

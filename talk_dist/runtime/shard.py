@@ -1,0 +1,278 @@
+"""A shard: one partition of the real graph, its encodings, and its share of every computation.
+
+An ordinary object, built from a `ShardSpec` on storage, that knows nothing of where it lives. Its methods
+are pure in their arguments and in the current encoding; arrays that cross its boundary are numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from talk_dist.config import KernelConfig, StudentConfig
+from talk_dist.data.splits import hash_ids
+from talk_dist.data.tag import PreparedTag
+from talk_dist.errors import ConfigError
+from talk_dist.kernel.krr import loss_sums
+from talk_dist.kernel.sntk import kernel_block, node_norms, propagation, to_torch
+from talk_dist.models.encoder import Adapters, TextEncoder
+from talk_dist.models.gnn import Student, local_graph
+from talk_dist.runtime.encodings import EncodingCache
+
+LIVE_BUFFERS = 10  # arrays of the size (rows, M) that a kernel block with gradient holds at its peak
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """All that is needed to build a shard anywhere."""
+
+    path: str
+    part: int
+    kernel: KernelConfig
+    cache: bool = True
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Which loss, and its current log temperature."""
+
+    kind: str
+    log_temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class ShardGrads:
+    """Sums over training rows (method, section 4, step 2); ``d_hs`` is the VJP of K at dL/dF B^T."""
+
+    loss: float
+    num_rows: int
+    d_dual: np.ndarray  # (M, C) K^T dL/dF
+    d_hs: np.ndarray  # (M, d)
+    d_log_temperature: float
+
+
+@dataclass(frozen=True)
+class StudentState:
+    """A trained student as plain arrays, to be shipped to shards."""
+
+    config: StudentConfig
+    in_dim: int
+    num_classes: int
+    weights: dict[str, np.ndarray]
+
+    @staticmethod
+    def of(student: Student) -> StudentState:
+        weights = {name: value.detach().cpu().numpy() for name, value in student.state_dict().items()}
+        return StudentState(student.config, student.in_dim, student.num_classes, weights)
+
+    def build(self) -> Student:
+        student = Student(self.config, self.in_dim, self.num_classes, seed=0)
+        student.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in self.weights.items()})
+        return student.eval()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of one shard chosen by the hash of their id, so that the choice does not depend on the sharding."""
+
+    key: np.ndarray  # (s,) uint64
+    label: np.ndarray  # (s,) int32
+    row: np.ndarray  # (s,) rows in the shard
+    features: np.ndarray  # (s, d) P^2 H
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Wanted rows and their receptive field: rows of Z, and the sparse matrices of hops 2..K."""
+
+    rows: np.ndarray
+    fields: list[np.ndarray]  # local nodes at hop 1..K; the last is ``rows``
+    propagations: list[Tensor]
+
+
+class Shard:
+    """Encode, propagate, and answer. Halo rows come from the pool: `requests`, `rows`, `receive`."""
+
+    def __init__(self, spec: ShardSpec, encoder: TextEncoder):
+        self.spec, self.encoder = spec, encoder
+        tag = PreparedTag(spec.path)
+        tag.check_tokenizer(encoder.config.name, encoder.tokenizer.fingerprint)
+        halo_hops = tag.meta["partition"]["halo_hops"]
+        if spec.kernel.hops > halo_hops + 1:
+            raise ConfigError(
+                f"kernel.hops = {spec.kernel.hops}, but {spec.path} has halos for {halo_hops + 1} hops; "
+                f"prepare it again with --halo_hops {spec.kernel.hops - 1}"
+            )
+        self.num_classes = len(tag.classes)
+        self.part = part = tag.partition(spec.part)
+        self.dtype = torch.float64 if spec.kernel.precision == "float64" else torch.float32
+        self.device = encoder.device
+        self.labels = torch.from_numpy(part.label.astype(np.int64))
+        self._propagation = propagation(part.indptr, part.indices, part.degree, spec.kernel.propagation)
+        self._depth = np.concatenate([np.zeros(part.num_own, np.int8), part.halo_depth])
+        self._cache = EncodingCache(spec.path, spec.part) if spec.cache else None
+        self._fields: dict[str, np.ndarray] = {}  # name -> (own + halo, width)
+        self._encoded_with: str | None = None
+        self._chunks: dict[tuple[str, int], list[_Chunk]] = {}
+
+    # -- encoding and halo exchange -----------------------------------------------------------------------
+
+    def encode(self, adapters: Adapters, progress: Callable[[int, int], None] | None = None) -> bool:
+        """Encode own texts with these adapters; False if that is what the shard already holds."""
+        version = EncodingCache.version(adapters)
+        if version == self._encoded_with:
+            return False
+        self.encoder.load_adapters(adapters)
+
+        def compute() -> np.ndarray:
+            return self.encoder.encode_tokens(self.part.tokens, progress)
+
+        cacheable = self._cache is not None and not adapters
+        own = self._cache.get(self.encoder, compute) if cacheable and self._cache else compute()
+        self._set("H", own)
+        self._encoded_with = version
+        return True
+
+    def requests(self, depth: int) -> list[tuple[int, np.ndarray]]:
+        """(owner, rows in the owner) of the halo nodes up to ``depth``, in the order `receive` expects."""
+        near = self.part.halo_depth <= depth
+        owners = self.part.halo_owner[near]
+        return [(int(q), self.part.halo_row[near][owners == q]) for q in np.unique(owners)]
+
+    def rows(self, name: str, index: np.ndarray) -> np.ndarray:
+        """Own rows of a field, for a neighbour's halo."""
+        return self._fields[name][index]
+
+    def receive(self, name: str, depth: int, replies: list[np.ndarray]) -> None:
+        """The halo rows of a field, one array for each of `requests`."""
+        near = np.flatnonzero(self.part.halo_depth <= depth)
+        owners = self.part.halo_owner[near]
+        for owner, reply in zip(np.unique(owners), replies, strict=True):
+            self._fields[name][self.part.num_own + near[owners == owner]] = reply
+
+    def propagate(self, source: str = "H", target: str = "Z") -> None:
+        """target = P source on own rows; the source's direct halo must be there."""
+        matrix = to_torch(self._propagation[: self.part.num_own], self.dtype)
+        x = torch.from_numpy(self._fields[source]).to(self.dtype)
+        self._set(target, (matrix @ x).numpy())
+
+    def measure_norms(self) -> None:
+        """Norms of every hop, from Z with its halo. Once per encoding."""
+        kernel = self.spec.kernel
+        levels = [np.flatnonzero(self._depth < kernel.hops - hop) for hop in range(kernel.hops)]
+        matrices = []
+        for outer, inner in zip(levels[:-1], levels[1:], strict=True):
+            matrices.append(self._propagation[inner][:, outer])
+        z = torch.from_numpy(self._fields["Z"][levels[0]])
+        self._norms = node_norms(z, matrices, kernel.layers, kernel.norms, kernel.degree_cap)
+
+    def _set(self, name: str, own: np.ndarray) -> None:
+        field = np.zeros((len(self._depth), own.shape[1]), dtype=own.dtype)
+        field[: len(own)] = own
+        self._fields[name] = field
+
+    # -- the kernel ---------------------------------------------------------------------------------------
+
+    def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
+        """Sums over own training rows, chunk by chunk (method, section 4, step 2)."""
+        leaf, b = self._tensor(h_s).requires_grad_(), self._tensor(dual)
+        total = log_temperature = 0.0
+        d_dual = torch.zeros(b.shape, dtype=torch.float64)
+        d_hs = torch.zeros(leaf.shape, dtype=torch.float64)
+        chunks = self._plan("train", len(h_s))
+        for chunk in chunks:
+            kernel = self._block(chunk, leaf)
+            block = kernel.detach()
+            sums = loss_sums(block @ b, self.labels[chunk.rows].to(block.device), loss.kind, loss.log_temperature)
+            (gradient,) = torch.autograd.grad(kernel, leaf, sums.d_scores @ b.T)
+            total += float(sums.loss)
+            log_temperature += float(sums.d_log_temperature)
+            d_dual += (block.T @ sums.d_scores).double().cpu()
+            d_hs += gradient.double().cpu()
+        num_rows = sum(len(chunk.rows) for chunk in chunks)
+        return ShardGrads(total, num_rows, d_dual.numpy(), d_hs.numpy(), log_temperature)
+
+    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
+        """Confusion counts (C, C) [true, predicted] of the kernel predictor on the own rows of ``split``."""
+        counts = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
+        s, b = self._tensor(h_s), self._tensor(dual)
+        for chunk in self._plan(split, len(h_s)):
+            predicted = (self._block(chunk, s) @ b).argmax(1).cpu().numpy()
+            np.add.at(counts, (self.part.label[chunk.rows], predicted), 1)
+        return counts
+
+    def _block(self, chunk: _Chunk, h_s: Tensor) -> Tensor:
+        z = self._tensor(self._fields["Z"][chunk.fields[0]])
+        norms = [n[torch.from_numpy(f)].to(self.device) for n, f in zip(self._norms, chunk.fields, strict=True)]
+        return kernel_block(z, h_s, chunk.propagations, norms, self.spec.kernel.layers)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(array)).to(self.device, self.dtype)
+
+    def _plan(self, split: str, num_synthetic: int) -> list[_Chunk]:
+        """The rows of ``split`` in chunks whose kernel block fits kernel.chunk_mib."""
+        key = (split, num_synthetic)
+        if key not in self._chunks:
+            bytes_per_row = num_synthetic * self.dtype.itemsize * LIVE_BUFFERS
+            limit = max(1, (self.spec.kernel.chunk_mib << 20) // bytes_per_row)
+            self._chunks[key] = self._split(self.part.rows_of(split), limit)
+        return self._chunks[key]
+
+    def _split(self, rows: np.ndarray, limit: int) -> list[_Chunk]:
+        if not len(rows):
+            return []
+        fields, matrices = [rows], []
+        for _ in range(self.spec.kernel.hops - 1):
+            sub: sp.csr_matrix = self._propagation[fields[0]]
+            support = np.unique(sub.indices)
+            fields.insert(0, support)
+            matrices.insert(0, to_torch(sub[:, support], self.dtype, self.device))
+        if len(fields[0]) > limit and len(rows) > 1:
+            half = len(rows) // 2
+            return self._split(rows[:half], limit) + self._split(rows[half:], limit)
+        return [_Chunk(rows, fields, matrices)]
+
+    # -- the student --------------------------------------------------------------------------------------
+
+    def student_begin(self, state: StudentState) -> None:
+        part = self.part
+        self._student = state.build()
+        self._graph = local_graph(state.config.kind, part.indptr[: part.num_own + 1],
+                                  part.indices[: part.indptr[part.num_own]], part.degree)
+        self._root: Tensor | None = None
+        self._fields["X"] = self._fields["H"]
+
+    def student_stage(self, index: int) -> None:
+        """One stage of the student on "X", whose direct halo must be there."""
+        with torch.no_grad():
+            x, self._root = self._student.stage(index, torch.from_numpy(self._fields["X"]), self._graph, self._root)
+        self._set("X", x[: self.part.num_own].numpy())
+
+    def student_scores(self, split: str) -> np.ndarray:
+        """Confusion counts (C, C) [true, predicted] of "X" on the own rows of ``split``."""
+        rows = self.part.rows_of(split)
+        counts = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
+        np.add.at(counts, (self.part.label[rows], self._fields["X"][rows].argmax(1)), 1)
+        return counts
+
+    # -- what initialisation and baselines need -------------------------------------------------------------
+
+    def sample(self, per_class: int, seed: int) -> Sample:
+        """At most ``per_class`` training rows of each class, with P^2 H as features (Z's halo must be there)."""
+        rows = self.part.rows_of("train")
+        keys = hash_ids(self.part.node_id, seed)[rows]
+        order = np.argsort(keys, kind="stable")
+        kept = [order[self.part.label[rows][order] == c][:per_class] for c in range(self.num_classes)]
+        chosen = np.concatenate(kept)
+        matrix = to_torch(self._propagation[rows[chosen]], self.dtype)
+        features = matrix @ torch.from_numpy(self._fields["Z"]).to(self.dtype)
+        return Sample(keys[chosen], self.part.label[rows[chosen]], rows[chosen], features.float().numpy())
+
+    def tokens(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Token ids of own rows."""
+        return [self.part.tokens[int(row)] for row in rows]

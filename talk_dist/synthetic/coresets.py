@@ -1,0 +1,96 @@
+"""Which real training nodes stand for a class: random, herding, k-center, medoids; and k-means centres.
+
+All work class by class on the propagated encodings P^2 H of a bounded sample of training rows
+(`ShardPool.sample`), which on a small graph is all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from sklearn.cluster import KMeans
+
+from talk_dist.errors import ConfigError
+from talk_dist.runtime.pool import TrainSample
+
+
+def allocate(num_synthetic: int, class_counts: np.ndarray) -> np.ndarray:
+    """Synthetic nodes per class (C,): proportional to the class, at least one each, summing to M.
+
+    Raises ConfigError if there are fewer synthetic nodes than classes.
+    """
+    if num_synthetic < len(class_counts):
+        raise ConfigError(
+            f"synthetic.size gives {num_synthetic} nodes for {len(class_counts)} classes; "
+            f"every class needs one: set --synthetic.size {len(class_counts)} or more"
+        )
+    share = class_counts / class_counts.sum() * num_synthetic
+    counts = np.maximum(1, np.floor(share)).astype(np.int64)
+    while counts.sum() > num_synthetic:  # the ones given for free are taken from the largest surplus
+        counts[np.argmax(np.where(counts > 1, counts - share, -np.inf))] -= 1
+    while counts.sum() < num_synthetic:
+        counts[np.argmax(share - counts)] += 1
+    return counts
+
+
+def random(features: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The first rows: a sample comes in the order of the hash of its ids and the seed."""
+    return np.arange(min(count, len(features)))
+
+
+def herding(features: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Greedy rows whose running mean follows the class mean (Welling 2009)."""
+    mean, total, chosen = features.mean(0), np.zeros(features.shape[1]), []
+    free = np.ones(len(features), dtype=bool)
+    for step in range(1, min(count, len(features)) + 1):
+        distance = np.linalg.norm((total + features) / step - mean, axis=1)
+        best = int(np.argmin(np.where(free, distance, np.inf)))
+        free[best] = False
+        total += features[best]
+        chosen.append(best)
+    return np.array(chosen)
+
+
+def kcenter(features: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Greedy farthest rows, from the one nearest to the class mean (Sener & Savarese 2018)."""
+    chosen = [int(np.argmin(np.linalg.norm(features - features.mean(0), axis=1)))]
+    distance = np.linalg.norm(features - features[chosen[0]], axis=1)
+    while len(chosen) < min(count, len(features)):
+        chosen.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, np.linalg.norm(features - features[chosen[-1]], axis=1))
+    return np.array(chosen)
+
+
+def centres(features: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """k-means centres (count, d)."""
+    count = min(count, len(features))
+    return np.asarray(KMeans(count, n_init=4, random_state=seed).fit(features).cluster_centers_)
+
+
+def medoid(features: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The distinct rows nearest to the k-means centres."""
+    chosen: list[int] = []
+    for centre in centres(features, count, seed):
+        distance = np.linalg.norm(features - centre, axis=1)
+        distance[chosen] = np.inf
+        chosen.append(int(np.argmin(distance)))
+    return np.array(chosen)
+
+
+METHODS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
+    "random": random,
+    "herding": herding,
+    "kcenter": kcenter,
+    "medoid": medoid,
+}
+
+
+def select(sample: TrainSample, counts: np.ndarray, method: str, seed: int) -> np.ndarray:
+    """Rows of ``sample`` (M,), class by class. A class with fewer rows than asked repeats them."""
+    chosen = []
+    for label, count in enumerate(counts):
+        rows = np.flatnonzero(sample.label == label)
+        picked = METHODS[method](sample.features[rows].astype(np.float64), int(count), seed)
+        chosen.append(rows[np.resize(picked, count)])
+    return np.concatenate(chosen)

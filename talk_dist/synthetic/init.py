@@ -1,0 +1,118 @@
+"""How a synthetic set starts: random real texts, medoid texts, or two stages (method, sections 7 and 8).
+
+Two stages: the M encodings are optimised first, which needs no encoder pass at all; then the few tokens
+that produce them are found by a least-squares fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from talk_dist.config import DistillConfig
+from talk_dist.data.tag import TokenLists
+from talk_dist.models.encoder import TextEncoder
+from talk_dist.runtime.outer import Objective, student_accuracy
+from talk_dist.models.gnn import Student
+from talk_dist.models.inner import fit_encodings
+from talk_dist.runtime.pool import ShardPool
+from talk_dist.synthetic.coresets import allocate, select
+
+SAMPLE_PER_NODE = 512  # sampled training rows per synthetic node, at least: bounds the driver's memory
+SAMPLE_MINIMUM = 4096
+Report = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Token embeddings (M, T, d_tok), one-hot labels (M, C), and the log temperature the loss begins with."""
+
+    x_s: Tensor
+    y_s: Tensor
+    log_temperature: float
+
+
+def num_synthetic(size: float, num_nodes: int) -> int:
+    """M: ``size`` itself, or that fraction of the real nodes, rounded."""
+    return round(size * num_nodes) if size < 1 else int(size)
+
+
+def initialise(pool: ShardPool, encoder: TextEncoder, config: DistillConfig, report: Report) -> Start:
+    """Start as `config.synthetic.init` says; the pool must hold current encodings."""
+    counts = allocate(num_synthetic(config.synthetic.size, pool.tag.num_nodes), pool.tag.train_class_counts)
+    labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    y_s = torch.nn.functional.one_hot(labels, len(counts)).float()
+    sample = pool.sample(max(SAMPLE_MINIMUM, SAMPLE_PER_NODE * int(counts.max())), config.seed)
+    how = "random" if config.synthetic.init == "random" else "medoid"
+    rows = select(sample, counts, how, config.seed)
+    x_s = embed(encoder, pool.tokens(sample.place[rows]), config.synthetic.tokens)
+    if config.synthetic.init != "two-stage":
+        return Start(x_s, y_s, Objective.initial_log_temperature)
+    start = torch.from_numpy(sample.features[rows])
+    h_s, log_temperature = optimise_encodings(pool, start, y_s, config, report)
+    return Start(fit_tokens(encoder, x_s, h_s, config, report), y_s, log_temperature)
+
+
+def embed(encoder: TextEncoder, tokens: TokenLists, length: int) -> Tensor:
+    """The tokens of each text, cut to ``length`` or repeated up to it, as embeddings (M, T, d_tok)."""
+    ids = np.stack([np.resize(tokens[i], length) for i in range(len(tokens))])
+    return encoder.token_table[torch.from_numpy(ids).long().to(encoder.device)].cpu().clone()
+
+
+def optimise_encodings(
+    pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report
+) -> tuple[Tensor, float]:
+    """Stage one: Adam on the encodings (M, d) themselves, against the kernel ridge regression loss.
+
+    Keeps the encodings on which a fresh student validates best.
+    """
+    settings, objective = config.two_stage, Objective(pool, config)
+    h_s = start.clone().requires_grad_()
+    log_temperature = torch.tensor(Objective.initial_log_temperature, dtype=torch.float64, requires_grad=True)
+    scale = float(start.pow(2).mean().sqrt())
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [h_s], "lr": settings.feature_lr * scale},
+            {"params": [log_temperature], "lr": config.outer.temperature_lr},
+        ]
+    )
+    best, best_accuracy = (h_s.detach().clone(), float(log_temperature)), -1.0
+    for step in range(settings.feature_steps + 1):
+        if step % settings.validate_every == 0 or step == settings.feature_steps:
+            student = Student(config.student, h_s.shape[1], y_s.shape[1], config.seed)
+            fit_encodings(student, h_s.detach(), y_s, config.inner, seed=config.seed)
+            accuracy = student_accuracy(pool, student, "val")
+            if accuracy > best_accuracy:
+                best, best_accuracy = (h_s.detach().clone(), float(log_temperature)), accuracy
+        gradient = objective(h_s.detach(), y_s, float(log_temperature))
+        report("encodings", step, settings.feature_steps, {"loss": gradient.loss, "val": best_accuracy})
+        h_s.grad = gradient.d_hs.to(h_s)
+        log_temperature.grad = torch.tensor(gradient.d_log_temperature, dtype=torch.float64)
+        optimizer.step()
+    return best
+
+
+def fit_tokens(encoder: TextEncoder, x_s: Tensor, h_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
+    """Stage two: Adam on the token embeddings, mean squared error of their encodings to ``h_s`` (M, d)."""
+    settings, batch = config.two_stage, config.outer.inject_batch
+    x_s = x_s.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x_s], lr=settings.token_lr)
+    for step in range(settings.token_steps):
+        rate = 0.5 * (1.0 + np.cos(np.pi * step / settings.token_steps))
+        optimizer.param_groups[0]["lr"] = settings.token_lr * max(0.05, float(rate))
+        x_s.grad = torch.zeros_like(x_s)
+        residual_sum = 0.0
+        for start in range(0, len(x_s), batch):
+            rows = slice(start, start + batch)
+            leaf = x_s[rows].detach().requires_grad_()
+            residual = encoder.forward_embeds(leaf) - h_s[rows].to(encoder.device)
+            loss = residual.pow(2).sum()
+            x_s.grad[rows] = torch.autograd.grad(loss, leaf)[0].cpu() / h_s.numel()
+            residual_sum += float(loss.detach())
+        optimizer.step()
+        report("tokens", step + 1, settings.token_steps, {"relative_error": residual_sum / float(h_s.pow(2).sum())})
+    return x_s.detach()
