@@ -85,7 +85,7 @@ def partition_nodes(
         if method == "metis":
             raise
         warnings.warn(f"{error}; nodes are partitioned by hash, with a larger halo", RuntimeWarning, stacklevel=2)
-        return _hash_parts(num_nodes, parts), "hash", str(error)
+        return _hash_parts(num_nodes, parts), "hash", "METIS failed"
     return _fill_empty(assignment, parts), "metis", "asked for" if method == "metis" else "fit"
 
 

@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 
 from talk_dist.data import storage
 from talk_dist.data.partition import METHODS, edge_cut, partition_nodes, split_graph, symmetrise
-from talk_dist.data.splits import DEFAULT_RATIOS, check_ratios, class_counts, random_split
+from talk_dist.data.splits import DEFAULT_RATIOS, absent_problems, check_ratios, class_counts, random_split
 from talk_dist.data.tables import Source
 from talk_dist.data.tag import FORMAT, SPLITS, PreparedTag, TokenLists
 from talk_dist.data.tokenizer import Tokenizer, load_tokenizer
-from talk_dist.data.validate import CheckedGraph, split_problems, validate
+from talk_dist.data.validate import CheckedGraph, validate
 from talk_dist.errors import ConfigError, DataError
 
 ENCODE_ROWS = 2048  # texts tokenised at once
@@ -59,7 +59,7 @@ def prepare(
     split = graph.split
     if split is None:
         split = random_split(graph.node_id, graph.label, ratios, split_seed)
-        problems = split_problems(
+        problems = absent_problems(
             f"{source.nodes.where}, column label", graph.label, split, graph.classes, "try another split_seed"
         )
         if problems:
@@ -181,7 +181,13 @@ class _PartWriter:
         self.waiting: list[pa.Table] = []
         id_type = pa.int64() if pa.types.is_integer(graph.node_id.type) else pa.string()
         self.schema = pa.schema(
-            {"node": pa.int64(), "node_id": id_type, "tokens": pa.list_(pa.int32()), "label": pa.int32(), "split": pa.int8()}
+            {
+                "node": pa.int64(),
+                "node_id": id_type,
+                "tokens": pa.list_(pa.int32()),
+                "label": pa.int32(),
+                "split": pa.int8(),
+            }
         )
         self.writer = pq.ParquetWriter(folder / "nodes.parquet", self.schema, compression="zstd")
 

@@ -27,7 +27,9 @@ from talk_dist.errors import ConfigError, DataError
 
 MIN_DOC_WORDS = 5  # of functions; shorter docstrings ("Internal.", "See base class.") say nothing to classify by
 _TESTS = re.compile(r"(.*_)?tests?|test_.*|conftest")
-_PRIVATE_TWIN = re.compile(r"_(?:py)?(\w+)")  # _pydecimal is the source of decimal, _pyio that of io
+_PRIVATE_TWIN = re.compile(r"_(?:py_?)?(\w+)")  # _pydecimal is the source of decimal, _pyio that of io
+# a name in prose, with the back-quote or bracket that may mark it as code
+_WORD = re.compile(r"(?<![\w.])(`?)([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)([`(]?)")
 _DOTTED = re.compile(r"(?<![\w.])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 
 
@@ -45,13 +47,15 @@ def build_python_api(packages: Sequence[str] | None = None, num_classes: int = 2
     """
     if num_classes < 1:
         raise ConfigError(f"num_classes is {num_classes}; it must be at least 1")
+    if isinstance(packages, str) or (packages is not None and not packages):
+        raise ConfigError(f"packages is {packages!r}; it must be a list of import names, or None: the standard library")
     with _collection_paused():
         return _build(packages, num_classes)
 
 
 @contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Syntax trees are many small objects and no garbage: walking them again and again triples the time."""
+    """Syntax trees are many small objects and no garbage: looking for it doubles the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -73,7 +77,7 @@ def _build(packages: Sequence[str] | None, num_classes: int) -> tuple[pa.Table, 
     nodes: dict[str, Namespace] = {}  # by text: of definitions that read the same, only the first is a node
     for found in filter(_is_documented, definitions):
         text = f"{given_away.sub('module', _signature(found))}\n{_without_modules(found.docstring, roots)}"
-        nodes.setdefault(text, found)
+        nodes.setdefault(text.encode(errors="replace").decode(), found)  # Arrow takes no lone surrogates
     if not nodes:
         raise DataError(", ".join(packages or ["standard library"]), "has no documented function or class")
     ids = [found.id for found in nodes.values()]
@@ -108,13 +112,31 @@ def _edges(program: Program, definitions: Sequence[Namespace], nodes: Set[Namesp
                 yield from ((method, program.member(base, name)) for base in bases)
         for found in definitions:
             yield from ((found, used) for used in program.references(found))
+            yield from ((found, named) for named in _mentions(program, found))
 
     pairs: dict[frozenset[str], tuple[str, str]] = {}
     for source, target in links():
-        a, b = node_of(source), node_of(target)
+        a, b = node_of(source), node_of(target)  # a module is no node
         if a is not None and b is not None and a is not b:
             pairs.setdefault(frozenset((a.id, b.id)), (a.id, b.id))
     return sorted(pairs.values())
+
+
+def _mentions(program: Program, found: Namespace) -> Iterator[Namespace]:
+    """Definitions named in a docstring: words that look like code and mean one thing where they stand."""
+    for quote, word, mark in _WORD.findall(found.docstring):
+        if not (quote or mark or "_" in word or "." in word or any(letter.isupper() for letter in word[1:])):
+            continue
+        first, *rest = word.split(".")
+        readings = {program.member(found.owner or found, first), program.member(program.modules[found.module], first)}
+        if not any(readings) and rest:
+            readings = {program.modules.get(first)}
+        readings.discard(None)
+        named = readings.pop() if len(readings) == 1 else None
+        for name in rest:
+            named = program.member(named, name)
+        if named is not None:
+            yield named
 
 
 def _is_documented(found: Namespace) -> bool:
@@ -206,8 +228,9 @@ def _read(path: Path, name: str) -> Iterator[tuple[str, Namespace]]:
     """(dotted name, module) of the package folder ``path`` or the file ``path.py``, tests and broken files left out."""
     if _TESTS.fullmatch(path.name) or not path.name.isidentifier():
         return
-    is_package = path.is_dir()
-    file = path / "__init__.py" if is_package else path.with_name(f"{path.name}.py")
+    file = path.with_name(f"{path.name}.py")
+    is_package = (path / "__init__.py").is_file() or (path.is_dir() and not file.is_file())
+    file = path / "__init__.py" if is_package else file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in other people's strings

@@ -9,15 +9,12 @@ nothing, so answers are often missing and seldom wrong.
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 _BLOCK = ast.stmt | ast.excepthandler | ast.match_case
-# a dotted name in prose, with the back-quote or bracket that may mark it as code
-_WORD = re.compile(r"(?<![\w.])(`?)([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)([`(]?)")
 
 
 class Import(NamedTuple):
@@ -158,13 +155,14 @@ def _instance_name(function: Namespace) -> str | None:
 class Program:
     """Modules by dotted name, with the resolution of names across them.
 
-    Answers are remembered, and a question that depends on itself has none; both depend only on the order in
-    which questions are asked.
+    Answers are remembered; a question that depends on itself has none.
     """
 
     def __init__(self, modules: Mapping[str, Namespace]):
         self.modules = modules
         self._known: dict[tuple[Namespace, str], Namespace | None] = {}
+        self._sought: set[tuple[Namespace, str]] = set()
+        self._circular: set[tuple[Namespace, str]] = set()
         self._opened: set[Namespace] = set()
 
     def find(self, dotted: str) -> Namespace | None:
@@ -178,11 +176,23 @@ class Program:
         """What ``space.name`` denotes, through re-exports, class attributes, ``self.name = …`` and bases."""
         if space is None or isinstance(space.node, FunctionNode):
             return None
+        return self._first(space, name, self._member_candidates(space, name))
+
+    def _first(self, space: Namespace, name: str, candidates: Iterator[Namespace | None]) -> Namespace | None:
+        """The first candidate that is known, remembered; ``candidates`` may ask the same question again."""
         key = (space, name)
-        if key not in self._known:
-            self._known[key] = None  # the answer while it is being sought: cycles end here
-            self._known[key] = next(filter(None, self._member_candidates(space, name)), None)
-        return self._known[key]
+        if key in self._known:
+            return self._known[key]
+        if key in self._sought:
+            self._circular.add(key)
+            return None
+        self._sought.add(key)
+        found = next(filter(None, candidates), None)
+        self._sought.remove(key)
+        self._circular.discard(key)
+        if found or not self._circular:  # else "unknown" may only mean that an outer question is still open
+            self._known[key] = found
+        return found
 
     def _member_candidates(self, space: Namespace, name: str) -> Iterator[Namespace | None]:
         yield space.members.get(name)
@@ -207,10 +217,8 @@ class Program:
         """The base classes that are known."""
         if not isinstance(space.node, ast.ClassDef) or space.parent is None:
             return []
-        found = []
-        for base in space.node.bases:
-            generic = base.value if isinstance(base, ast.Subscript) else base  # Base[T]
-            found.append(self.evaluate(space.parent, generic))
+        bases = (base.value if isinstance(base, ast.Subscript) else base for base in space.node.bases)  # Base[T]
+        found = [self.evaluate(space.parent, base) for base in bases]
         return [base for base in found if base is not None and base.is_class and base is not space]
 
     def lookup(self, scope: Namespace, name: str) -> Namespace | None:
@@ -225,12 +233,9 @@ class Program:
             return scope.members[name]
         if name not in scope.bindings:
             return self.lookup(self._enclosing(scope), name)
-        key = (scope, name)
-        if key not in self._known:
-            self._known[key] = None
-            itself = scope.owner if name == _instance_name(scope) else None
-            self._known[key] = itself or next(filter(None, self._bound(scope, name)), None)
-        return self._known[key]
+        if name == _instance_name(scope):
+            return scope.owner
+        return self._first(scope, name, self._bound(scope, name))
 
     def _enclosing(self, scope: Namespace) -> Namespace:
         """The scope around ``scope``: names of a class are not seen in the bodies of its methods."""
@@ -277,7 +282,7 @@ class Program:
         return None
 
     def references(self, definition: Namespace) -> Iterator[Namespace]:
-        """Definitions that ``definition`` uses in its code (a class: outside its methods), then in its docstring."""
+        """Definitions that ``definition`` uses in its code (a class: outside its methods)."""
         pending: list[ast.AST] = [definition.node]
         while pending:
             node = pending.pop()
@@ -287,21 +292,3 @@ class Program:
                     yield found
             skipped = FunctionNode | ast.ClassDef if definition.is_class else ()
             pending.extend(child for child in ast.iter_child_nodes(node) if not isinstance(child, skipped))
-        yield from self._mentions(definition)
-
-    def _mentions(self, definition: Namespace) -> Iterator[Namespace]:
-        """Definitions named in the docstring: words that look like code and mean one thing where they stand."""
-        module = self.modules[definition.module]
-        for before, word, after in _WORD.findall(definition.docstring):
-            if not (before or after or "_" in word or any(letter.isupper() for letter in word[1:]) or "." in word):
-                continue
-            first, *rest = word.split(".")
-            near = self.member(definition.owner or definition, first)
-            readings = {near, self.member(module, first)} - {None}
-            if not readings and rest:
-                readings = {self.modules.get(first)} - {None}
-            found = readings.pop() if len(readings) == 1 else None
-            for name in rest:
-                found = self.member(found, name)
-            if found is not None and found.qualname:
-                yield found

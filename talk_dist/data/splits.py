@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import combinations, islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +16,7 @@ from talk_dist.data.tag import SPLITS
 from talk_dist.errors import ConfigError
 
 DEFAULT_RATIOS = (0.6, 0.2, 0.2)
+SPLIT_VALUES = {None: -1, "": -1, "train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 
 
 def hash_ids(node_ids: pa.Array | pa.ChunkedArray | np.ndarray, seed: int) -> np.ndarray:
@@ -68,7 +72,53 @@ def class_counts(label: np.ndarray, split: np.ndarray, num_classes: int) -> dict
     return counts
 
 
-def absent_classes(label: np.ndarray, split: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """Names of the classes that no training node has: nothing could learn them."""
+def absent_problems(where: str, label: np.ndarray, split: np.ndarray, classes: Sequence[str], remedy: str) -> list[str]:
+    """The problem, if any, of classes that no training node has: nothing could learn them."""
     counts = class_counts(label, split, len(classes))["train"]
-    return [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    if not absent:
+        return []
+    return [
+        f"{where}: {len(absent)} of {len(classes)} classes have no labelled node in the training split "
+        f"({show(absent)}); move nodes of these classes into it, unlabel or merge the classes, or {remedy}"
+    ]
+
+
+def overlap_problems(where: str, members: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """The problems, if any, of node rows that are in two splits."""
+    problems = []
+    for a, b in combinations(members, 2):
+        both = np.intersect1d(members[a], members[b])
+        if len(both):
+            problems.append(
+                f"{where}: {len(both)} nodes are in both {a} and {b} ({show(both.tolist())}); give each one split"
+            )
+    return tuple(problems)
+
+
+def split_column(num_nodes: int, members: dict[str, np.ndarray]) -> pa.Array:
+    """The split column (strings, dictionary encoded) of nodes that are listed by split."""
+    code = np.zeros(num_nodes, np.int8)
+    for index, rows in enumerate(members.values(), 1):
+        code[rows] = index
+    return pa.DictionaryArray.from_arrays(code, pa.array(["", *members]))
+
+
+def read_split(column: pa.Array, unknown: Counter[str]) -> np.ndarray:
+    """(n,) int8 of a split column; values that are no split are counted in ``unknown``. Raises TypeError."""
+    if not any(check(column.type) for check in (pa.types.is_null, pa.types.is_string, pa.types.is_large_string)):
+        raise TypeError(f"is {column.type}; make it strings: train, val, test or empty")
+    encoded = column.cast(pa.large_string()).dictionary_encode()
+    values = [*encoded.dictionary.to_pylist(), None]
+    index = encoded.indices.fill_null(len(values) - 1).to_numpy(zero_copy_only=False)
+    for value, count in zip(values, np.bincount(index, minlength=len(values)).tolist(), strict=True):
+        if value not in SPLIT_VALUES:
+            unknown[value] += count
+    return np.array([SPLIT_VALUES.get(value, -1) for value in values], dtype=np.int8)[index]
+
+
+def show(values: Iterable[Any], limit: int = 5) -> str:
+    """The first values of a problem, shortened, for its message."""
+    listed = list(islice(values, limit + 1))
+    texts = ["null" if v is None else repr(v) if len(repr(v)) <= 60 else repr(v)[:57] + "…'" for v in listed[:limit]]
+    return ", ".join(texts) + (", …" if len(listed) > limit else "")

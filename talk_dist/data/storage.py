@@ -6,6 +6,7 @@ one rename (or, where a store has no rename, the marker file that is copied last
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -85,15 +86,24 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes) -> None:
 def publish_folder(uri: str | os.PathLike[str], marker: str) -> Iterator[Path]:
     """A local folder to write into; when the block ends without an error it becomes the folder ``uri``.
 
-    ``marker`` names the file without which readers refuse the folder: on a store without rename it is
-    copied last. After an error (a full disk, an interrupt) the folder of before is untouched.
+    ``marker`` names the file without which readers refuse the folder. After an error in the block (a full disk, an
+    interrupt) the folder of before is untouched. On a store without rename the old marker goes first and the new one
+    comes last, so that a copy cut short is refused and never mixed. Raises DataError, before the block runs, if
+    ``uri`` is a local folder of something else (not empty, no marker), which must not be swept away.
     """
     filesystem, path = resolve(uri)
     local = isinstance(filesystem, pafs.LocalFileSystem)
-    parent = os.path.dirname(path) if local else None
-    if parent:
-        os.makedirs(parent, exist_ok=True)
-    staging = Path(parent or os.environ.get("TMPDIR", "/var/tmp"), f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.tmp")
+    if local:
+        path = os.path.realpath(path)  # through a link, replace what it points to
+        if (
+            os.path.exists(path)
+            and not os.path.exists(join(path, marker))
+            and (os.path.isfile(path) or os.listdir(path))
+        ):
+            raise DataError(path, f"is in the way: it has no {marker}, so it is not replaced; choose another folder")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    parent = os.path.dirname(path) if local else os.environ.get("TMPDIR", "/var/tmp")
+    staging = Path(parent, f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.tmp")
     staging.mkdir()
     try:
         yield staging
@@ -113,6 +123,8 @@ def _swap(staging: Path, target: Path) -> None:
     if not target.exists():
         os.rename(staging, target)
         return
+    if _exchange(staging, target):  # staging, which the caller removes, is now the folder of before
+        return
     previous = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.previous")
     os.rename(target, previous)
     try:
@@ -123,9 +135,21 @@ def _swap(staging: Path, target: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, so that readers find one of them at any time; False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
+
+
 def _copy(staging: Path, filesystem: pafs.FileSystem, path: str, marker: str) -> None:
     files = sorted(file for file in staging.rglob("*") if file.is_file())
     files.sort(key=lambda file: file.name == marker)
+    if filesystem.get_file_info(f"{path}/{marker}").type == pafs.FileType.File:
+        filesystem.delete_file(f"{path}/{marker}")
     for file in files:
         target = f"{path}/{file.relative_to(staging).as_posix()}"
         filesystem.create_dir(os.path.dirname(target), recursive=True)

@@ -1,4 +1,4 @@
-"""Node and edge tables, read as streams: Parquet and CSV on any ``pyarrow.fs`` path, or tables in memory.
+"""Node and edge tables, read as streams: Parquet and CSV on any ``pyarrow.fs`` path, PyG, OGB, tables in memory.
 
 A node table has the columns ``node_id``, ``text``, ``label`` and, optionally, ``split`` and ``label_name``;
 an edge table has ``src`` and ``dst``. Nothing is checked here beyond what it takes to read: see validate.py.
@@ -9,13 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from talk_dist.data import storage
+from talk_dist.data.splits import overlap_problems, split_column
+from talk_dist.data.tag import SPLITS
 from talk_dist.errors import DataError
 
 NODE_COLUMNS = ("node_id", "text", "label", "label_name", "split")
@@ -41,12 +46,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Source:
-    """A text-attributed graph to prepare. ``problems`` are those that the adapter met while it gathered the tables."""
+    """A text-attributed graph to prepare."""
 
     name: str
     nodes: Table
     edges: Table | None = None  # None: a graph without edges
-    problems: tuple[str, ...] = ()
+    split_problems: tuple[str, ...] = ()  # what was wrong with masks or index files that became the split column
 
     def node_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The node table from its start; ``columns`` defaults to all of NODE_COLUMNS that it has."""
@@ -60,39 +65,38 @@ class Source:
 def open_tables(nodes: str | os.PathLike[str], edges: str | os.PathLike[str] | None) -> Source:
     """Parquet or CSV (``.csv``, ``.tsv``, also ``.gz``), each a file or a folder of files of one kind.
 
-    Nothing is read yet: a file that is missing or unreadable is a DataError when the tables are validated.
+    Nothing is checked yet: a file that is missing or unreadable is a DataError when the tables are validated.
     """
-    text = os.fspath(nodes).rstrip("/")
-    stem = os.path.basename(text).split(".")[0]
-    name = os.path.basename(os.path.dirname(text)) if stem in ("nodes", "node") else stem
-    return Source(name or stem, _open(text), None if edges is None else _open(os.fspath(edges).rstrip("/")))
+    path = os.fspath(nodes).rstrip("/")
+    stem = os.path.basename(path).split(".")[0]
+    name = os.path.basename(os.path.dirname(path)) if stem in ("nodes", "node") else stem
+    return Source(name or stem, _open(path), None if edges is None else _open(os.fspath(edges).rstrip("/")))
 
 
 def from_arrow(nodes: pa.Table, edges: pa.Table | None, name: str = "tables in memory") -> Source:
     """Tables in memory."""
+    return Source(name, _in_memory(nodes, "nodes table"), None if edges is None else _in_memory(edges, "edges table"))
 
-    def table(value: pa.Table, where: str) -> Table:
-        return Table(
-            where,
-            lambda: list(value.column_names),
-            lambda columns: iter(value.select(list(columns)).to_batches(max_chunksize=BATCH_ROWS)),
-        )
 
-    return Source(name, table(nodes, "nodes table"), None if edges is None else table(edges, "edges table"))
+def _in_memory(table: pa.Table, where: str) -> Table:
+    def batches(wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        return iter(table.select(list(wanted)).to_batches(max_chunksize=BATCH_ROWS))
+
+    return Table(where, lambda: list(table.column_names), batches)
 
 
 def _open(uri: str) -> Table:
     try:
-        untyped = ENDINGS[_ending(_listing(uri)[0])] == "csv"
-    except DataError:  # to be told, with all else that is wrong, when the table is read
+        untyped = ENDINGS[_ending(_files(uri)[0])] == "csv"
+    except DataError:  # told, with all else that is wrong, when the table is read
         untyped = False
 
     def columns() -> list[str]:
-        names = [_columns(file) for file in _listing(uri)]
+        names = [_columns(file) for file in _files(uri)]
         return [name for name in names[0] if all(name in other for other in names)]
 
     def batches(wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        for file in _listing(uri):
+        for file in _files(uri):
             yield from _read(file, wanted)
 
     return Table(uri, columns, batches, untyped)
@@ -102,7 +106,7 @@ def _ending(name: str) -> str:
     return os.path.splitext(name.lower().removesuffix(".gz"))[1]
 
 
-def _listing(uri: str) -> list[str]:
+def _files(uri: str) -> list[str]:
     """The files of ``uri``, a file or a folder, in order of their names. Raises DataError if there is none to read."""
     filesystem, path = storage.resolve(uri)
     kind = filesystem.get_file_info(path).type
@@ -116,7 +120,9 @@ def _listing(uri: str) -> list[str]:
     kinds = {ENDINGS.get(_ending(name)) for name in names}
     if not names or None in kinds or len(kinds) > 1:
         found = ", ".join(os.path.basename(name) for name in names[:5]) or "nothing"
-        raise DataError(uri, f"is not one kind of table (found {found}); give .parquet, .csv or .tsv (also .gz), not mixed")
+        raise DataError(
+            uri, f"is not one kind of table (found {found}); give .parquet, .csv or .tsv (also .gz), unmixed"
+        )
     return names
 
 
@@ -127,7 +133,7 @@ def _columns(uri: str) -> list[str]:
             with filesystem.open_input_file(path) as file:
                 return list(pq.ParquetFile(file).schema_arrow.names)
         with filesystem.open_input_stream(path) as stream:
-            return list(pacsv.open_csv(stream, parse_options=_parse(uri)).schema.names)
+            return list(pacsv.open_csv(stream, pacsv.ReadOptions(block_size=CSV_BLOCK), _parse(uri)).schema.names)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(uri, error) from error
 
@@ -135,10 +141,7 @@ def _columns(uri: str) -> list[str]:
 def _read(uri: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Batches of one file; memory is bounded by a batch, whatever the size of its row groups."""
     if ENDINGS[_ending(uri)] == "csv":
-        convert = pacsv.ConvertOptions(
-            include_columns=list(columns), column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
-        )
-        yield from _read_csv(uri, _parse(uri), convert)
+        yield from _read_csv(uri, _parse(uri), columns)
         return
     filesystem, path = storage.resolve(uri)
     try:
@@ -150,11 +153,14 @@ def _read(uri: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
 
 
 def _read_csv(
-    uri: str, parse: pacsv.ParseOptions, convert: pacsv.ConvertOptions, header: Sequence[str] | None = None
+    uri: str, parse: pacsv.ParseOptions, columns: Sequence[str], headless: bool = False
 ) -> Iterator[pa.RecordBatch]:
-    """``header`` names the columns of a file that has no first line of names."""
+    """``columns`` as strings; a ``headless`` file has no line of names, ``columns`` names all that it has."""
     filesystem, path = storage.resolve(uri)
-    read = pacsv.ReadOptions(block_size=CSV_BLOCK, column_names=header)
+    read = pacsv.ReadOptions(block_size=CSV_BLOCK, column_names=list(columns) if headless else None)
+    convert = pacsv.ConvertOptions(
+        include_columns=list(columns), column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
+    )
     try:
         with filesystem.open_input_stream(path) as stream:
             yield from pacsv.open_csv(stream, read, parse, convert)
@@ -172,84 +178,120 @@ def _unreadable(uri: str, error: Exception) -> DataError:
 
 
 def from_pyg(data: Any, name: str = "data") -> Source:
-    """A PyG ``Data`` with texts (``text`` or ``raw_texts``, a list), ``y``, ``edge_index`` and, if any, the three masks.
+    """A PyG ``Data`` with ``text`` or ``raw_texts`` (a list), ``y``, ``edge_index`` and, if any, ``train_mask`` & co.
 
-    Nodes get the ids 0..N-1. Raises DataError if the attributes do not fit together.
+    Nodes get the ids 0..N-1. Raises DataError for attributes that are missing or do not fit together.
     """
     where = f"{name} (PyG Data)"
-    given = {key: getattr(data, key, None) for key in ("y", "edge_index", "adj_t", *_MASKS)}
+    masks = {split: f"{split}_mask" for split in SPLITS}
     texts = next((value for key in ("text", "raw_texts") if (value := getattr(data, key, None)) is not None), None)
+    tensors = {key: getattr(data, key, None) for key in ("edge_index", "y", *masks.values())}
+    arrays = {key: value.detach().cpu().numpy() for key, value in tensors.items() if value is not None}
     problems = []
     if texts is None:
         problems.append("attribute text: missing; set data.text to a list of strings, one a node")
-    if given["y"] is None:
+    if "y" not in arrays:
         problems.append("attribute y: missing; set data.y to one class a node (-1 = unlabelled)")
-    if given["edge_index"] is None and given["adj_t"] is not None:
-        problems.append("attribute edge_index: missing, there is adj_t only; set data.edge_index")
-    columns = {key: value.cpu().numpy() for key, value in given.items() if value is not None and key in ("y", *_MASKS)}
-    size = None if texts is None else len(texts)
-    for key, value in columns.items():
-        columns[key] = value = value.reshape(-1) if value.shape[1:] in ((), (1,)) else value
-        if value.ndim > 1:
+    if "edge_index" not in arrays and getattr(data, "adj_t", None) is not None:
+        problems.append("attribute edge_index: missing, there is only adj_t; set data.edge_index")
+    edge_index = arrays.pop("edge_index", None)
+    for key, value in arrays.items():
+        if value.ndim != 1 and value.shape[1:] != (1,):
             problems.append(f"attribute {key}: has shape {value.shape}; choose one column of it")
-        elif size is not None and len(value) != size:
-            problems.append(f"attribute {key}: has {len(value)} rows for {size} texts; give one a node")
+        elif texts is not None and len(value) != len(texts):
+            problems.append(f"attribute {key}: has {len(value)} rows for {len(texts)} texts; give one a node")
+        arrays[key] = value.reshape(-1)
     if texts is None or problems:
         raise DataError(where, problems)
-    label = columns.pop("y")
-    masks = {split: columns[key].astype(bool) for key, split in _MASKS.items() if key in columns}
-    arrays = {"node_id": pa.array(np.arange(len(texts))), "label": pa.array(np.where(label < 0, -1, label))}
-    overlap = _overlap(f"{where}, masks", {split: np.flatnonzero(mask) for split, mask in masks.items()})
-    if masks:
-        arrays["split"] = _split_column(len(texts), {split: np.flatnonzero(mask) for split, mask in masks.items()})
+    label = np.nan_to_num(arrays["y"], nan=-1)
+    columns = {"node_id": pa.array(np.arange(len(texts))), "label": pa.array(np.where(label < 0, -1, label))}
+    members = {split: np.flatnonzero(arrays[key]) for split, key in masks.items() if key in arrays}
+    if members:
+        columns["split"] = split_column(len(texts), members)
 
     def batches(wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
         for begin in range(0, len(texts), BATCH_ROWS):
-            batch = {key: array.slice(begin, BATCH_ROWS) for key, array in arrays.items()}
+            batch = {key: column.slice(begin, BATCH_ROWS) for key, column in columns.items()}
             batch["text"] = pa.array(list(texts[begin : begin + BATCH_ROWS]), pa.string())
             yield pa.record_batch({key: batch[key] for key in wanted})
 
     edges = None
-    if given["edge_index"] is not None:
-        src, dst = given["edge_index"].cpu().numpy()
-        edges = from_arrow(pa.table({}), pa.table({"src": src, "dst": dst})).edges
-    return Source(name, Table(where, lambda: [*arrays, "text"], batches), edges, overlap)
+    if edge_index is not None:
+        edges = _in_memory(pa.table({"src": edge_index[0], "dst": edge_index[1]}), f"{where}, edge_index")
+    nodes = Table(where, lambda: [*columns, "text"], batches)
+    return Source(name, nodes, edges, overlap_problems(f"{where}, masks", members))
+
+
+_OGB_TEXT = ("paper", "title", "abstract")
 
 
 def from_ogb(folder: str | os.PathLike[str], texts: str | os.PathLike[str] | None = None) -> Source:
     """ogbn-arxiv's folder as unpacked, with ``titleabs.tsv(.gz)`` (a separate download) inside it or at ``texts``.
 
-    Node ids are OGB's node indices, rows come in the order of the texts, a text is "title. abstract".
-    Raises DataError for files that are missing.
+    Node ids are OGB's node indices, rows come in the order of the texts, a text is "title. abstract". Raises DataError
+    for files that are missing or do not fit together.
     """
     root = os.fspath(folder).rstrip("/")
-    files = {key: storage.join(root, relative) for key, relative in _OGB_FILES.items()}
-    schemes = _subfolders(storage.join(root, "split"))  # one, such as "time"
-    for split in SPLITS:
-        file = "valid" if split == "val" else split
-        files[split] = storage.join(root, "split", schemes[0] if schemes else "*", f"{file}.csv.gz")
-    places = [storage.join(root, f"{place}titleabs.tsv{end}") for place in ("", "raw/", "mapping/") for end in (".gz", "")]
-    files["texts"] = os.fspath(texts) if texts else next(filter(storage.exists, places), places[0])
-    missing = [f"{file}: no such file" for file in files.values() if not storage.exists(file)]
+    files = [
+        storage.join(root, part)
+        for part in ("raw/edge.csv.gz", "raw/node-label.csv.gz", "mapping/nodeidx2paperid.csv.gz")
+    ]
+    filesystem, path = storage.resolve(storage.join(root, "split"))
+    schemes = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))  # one folder, such as "time"
+    scheme = storage.join(root, "split", min((f.base_name for f in schemes if not f.is_file), default="time"))
+    files += [storage.join(scheme, f"{name}.csv.gz") for name in ("train", "valid", "test")]
+    places = [
+        storage.join(root, f"{place}titleabs.tsv{end}") for place in ("", "raw/", "mapping/") for end in (".gz", "")
+    ]
+    titles = os.fspath(texts) if texts else next(filter(storage.exists, places), places[0])
+    missing = [file for file in [*files, titles] if not storage.exists(file)]
     if missing:
-        remedy = "unpack OGB's archive here and put titleabs.tsv.gz (https://snap.stanford.edu/ogb/data/misc/ogbn_arxiv/) beside"
-        raise DataError(root, [f"{problem}; {remedy}" for problem in missing])
-    label = _numbers(files["label"], ["label"])["label"]
-    paper = _numbers(files["paper"], None)["paper id"]
-    members = {split: _numbers(files[split], ["row"])["row"] for split in SPLITS}
-    where = storage.join(root, "split", schemes[0])
-    columns = {
-        "label": pa.array(np.where(np.isnan(label), -1, label).astype(np.int64)),
-        "split": split_column(where, len(label), members),
-    }
-    by_paper = np.argsort(paper)
+        raise DataError(
+            root, [f"{file}: no such file; unpack OGB's archive here, and its titleabs.tsv.gz" for file in missing]
+        )
+    label = _numbers(files[1], ("label",))
+    paper = _numbers(files[2], ("node idx", "paper id"), headless=False)
+    members = {split: _numbers(file, ("row",)) for split, file in zip(SPLITS, files[3:], strict=True)}
+    beyond = [
+        f"{s}: has rows up to {m.max()}, beyond the {len(label)} nodes"
+        for s, m in members.items()
+        if (m >= len(label)).any()
+    ]
+    if len(paper) != len(label) or beyond:
+        raise DataError(root, [*beyond, f"{len(label)} labels for {len(paper)} paper ids; unpack OGB's archive again"])
+    columns = {"label": pa.array(label), "split": split_column(len(label), members)}
+    order = np.argsort(paper)
 
     def batches(wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
         unseen = np.ones(len(label), bool)
-        strings = pacsv.ConvertOptions(column_types=dict.fromkeys(_OGB_TEXT, pa.string()), strings_can_be_null=False)
         parse = pacsv.ParseOptions(delimiter="\t", quote_char=False, invalid_row_handler=lambda row: "skip")
-        for batch in _read_csv(files["texts"], parse, strings, _OGB_TEXT):
-            # the file is a tar in disguise: its header precedes the first row
-            ids = pc.replace_substring_regex(batch.column("paper"), r"^.*\x00", "")
-            known = pc.match_substring_regex(ids, r"^[0-9]{1,18}$")
-            place = np.searchsorted(paper, pc.if_else(known, ids, "-1").cast(pa.int64()).to_numpy(), sorter=by_paper)
+        for batch in _read_csv(titles, parse, _OGB_TEXT, headless=True):
+            # the file is a tar in disguise, whose header precedes the first id
+            ids = pc.replace_substring_regex(batch.column(0), r"^(?s:.*)\x00", "")
+            ids = pc.if_else(pc.match_substring_regex(ids, "^[0-9]{1,18}$"), ids, "-1").cast(pa.int64()).to_numpy()
+            node = order[np.minimum(np.searchsorted(paper, ids, sorter=order), len(paper) - 1)]
+            keep = np.flatnonzero((paper[node] == ids) & unseen[node])
+            keep = keep[np.sort(np.unique(node[keep], return_index=True)[1])]  # a paper listed twice counts once
+            unseen[node[keep]] = False
+            both = pc.binary_join_element_wise(batch.column(1), batch.column(2), ". ")
+            yield select(node[keep], both.take(pa.array(keep)), wanted)
+        rest = np.flatnonzero(unseen)
+        yield select(rest, pa.nulls(len(rest), pa.string()), wanted)
+
+    def select(node: np.ndarray, text: pa.Array, wanted: Sequence[str]) -> pa.RecordBatch:
+        values = {"node_id": pa.array(node), "text": text} | {key: c.take(pa.array(node)) for key, c in columns.items()}
+        return pa.record_batch({key: values[key] for key in wanted})
+
+    def edge_batches(wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        return _read_csv(files[0], _parse(files[0]), EDGE_COLUMNS, headless=True)
+
+    edges = Table(files[0], lambda: list(EDGE_COLUMNS), edge_batches, untyped=True)
+    nodes = Table(root, lambda: ["node_id", "text", *columns], batches)
+    return Source(os.path.basename(root), nodes, edges, overlap_problems(f"{scheme}/*.csv.gz", members))
+
+
+def _numbers(uri: str, columns: Sequence[str], headless: bool = True) -> np.ndarray:
+    """(n,) int64, the last column of a CSV file of numbers; nan (unlabelled) is -1."""
+    chunks = [b.column(b.num_columns - 1) for b in _read_csv(uri, _parse(uri), columns, headless)]
+    values = pa.chunked_array(chunks, pa.string()).cast(pa.float64()).to_numpy()
+    return np.where(np.isnan(values), -1, values).astype(np.int64)

@@ -47,6 +47,14 @@ class TokenLists:
         values = np.concatenate(lists) if lists else np.zeros(0, np.int32)
         return TokenLists(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values)
 
+    def padded(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask, both (len(rows), longest) int64: token ids with zeros after the end, 1 where a token is."""
+        lengths = np.diff(self.offsets)[rows]
+        mask = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
+        ids = np.zeros(mask.shape, dtype=np.int64)
+        ids[mask] = self.take(rows).values
+        return ids, mask.astype(np.int64)
+
     @staticmethod
     def from_arrow(column: pa.ChunkedArray) -> TokenLists:
         array = column.combine_chunks()

@@ -44,7 +44,7 @@ def resolve_checkpoint(name: str) -> str:
 
 
 def load_pretrained(load: Callable[..., T], name: str, **settings: Any) -> T:
-    """``load(checkpoint, **settings)``, where ``load`` is a ``from_pretrained``: from a folder, the hub's cache, the hub.
+    """``load(checkpoint, **settings)``, with a ``from_pretrained`` to load from a folder, the hub's cache or the hub.
 
     The cache comes first and the hub is asked only if it answers at all: without a network transformers would
     otherwise retry for most of a minute. Raises ConfigError that says what was tried and what to do.
@@ -114,7 +114,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 hex of the tokenizer's canonical JSON, without truncation and padding, so that use does not change it."""
+        """sha256 hex of the canonical JSON, without truncation and padding, so that use does not change it."""
         state = json.loads(self.backend.to_str())
         state["truncation"] = state["padding"] = None
         return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -136,7 +136,7 @@ class Tokenizer:
         """``encode`` and how many texts were cut. Raises ConfigError if ``max_tokens`` does not fit the model."""
         if not self.min_tokens <= max_tokens <= self.max_length:
             raise ConfigError(
-                f"max_tokens is {max_tokens}, but encoder {self.name!r} takes {self.min_tokens} to {self.max_length} tokens"
+                f"max_tokens is {max_tokens}, but encoder {self.name!r} takes {self.min_tokens} to {self.max_length}"
             )
         self.backend.enable_truncation(max_tokens, direction=self.truncation_side)
         self.backend.no_padding()
@@ -151,7 +151,9 @@ class Tokenizer:
         """A readable form of one token; its raw vocabulary entry where it is no text of its own."""
         raw = self.backend.id_to_token(int(token_id))
         if raw is None:
-            raise ConfigError(f"token id {token_id} is not in the vocabulary of {self.name!r} (0..{self.vocab_size - 1})")
+            raise ConfigError(
+                f"token id {token_id} is not in the vocabulary of {self.name!r} (0..{self.vocab_size - 1})"
+            )
         text = str(self.backend.decode([int(token_id)], skip_special_tokens=False))
         return text if text.strip() and "\ufffd" not in text else str(raw)
 

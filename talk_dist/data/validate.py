@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,24 +11,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from talk_dist.data.splits import absent_classes
-from talk_dist.data.tables import EDGE_COLUMNS, Source, Table
+from talk_dist.data.splits import absent_problems, read_split, show
+from talk_dist.data.tables import EDGE_COLUMNS, NODE_COLUMNS, Source, Table
 from talk_dist.errors import DataError
 
 REQUIRED = ("node_id", "text", "label")
-SPLIT_VALUES = {None: -1, "": -1, "train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
-WHOLE_NUMBER = r"^(0|-?[1-9][0-9]{0,18})$"
-LOOKUP_ROWS = 1 << 22  # edges looked up at once: enough that building the table of ids is paid for
+WHOLE_NUMBER = r"^(0|-?[1-9][0-9]{0,17})$"  # at most 18 digits: it fits int64
 
 
 @dataclass(frozen=True)
 class CheckedGraph:
-    """What is known of a graph after its one pass: everything but the texts. Node rows are in the order of the table."""
+    """What is known of a graph after its one pass: everything but the texts. Rows are those of the node table."""
 
     node_id: pa.Array  # (N,) int64 or large_string
     label: np.ndarray  # (N,) int32, index into classes, -1 = unlabelled
     classes: list[str]
-    split: np.ndarray | None  # (N,) int8 as the split column says; None: there is none, or it is blank or unwanted
+    split: np.ndarray | None  # (N,) int8, what the split column says; None: there is none, it is blank or unwanted
     src: np.ndarray  # (E,) int64 node rows, as listed: directed, with repeats and self-loops
     dst: np.ndarray  # (E,) int64
     text_bytes: int  # UTF-8
@@ -39,112 +37,94 @@ def validate(source: Source, use_split_column: bool = True) -> CheckedGraph:
 
     Raises one DataError that lists every problem, each with its file, column, count, first offending values and remedy.
     """
-    problems = list(source.problems)
+    problems = list(source.split_problems) if use_split_column else []
     scan = _NodeScan(source.nodes, use_split_column)
-    node_id = scan.run(problems)
-    label, classes = scan.labels(problems)
-    split = scan.splits(problems)
-    src, dst = _scan_edges(source.edges, node_id, problems)
-    where = source.nodes.where
-    if not problems:
-        if not (label >= 0).any():
-            problems.append(f"{where}, column label: no node has a label; label some nodes (0, 1, … or a class name)")
-        elif split is not None:
-            problems.extend(split_problems(f"{where}, column split", label, split, classes, "set use_split_column=False"))
-    if problems:
+    complete = scan.read(problems)
+    node_id = scan.node_ids(problems) if complete and "node_id" not in scan.broken else None
+    scan.tell_blank_texts(node_id, problems)
+    label, classes = scan.labels(problems) if "label" not in scan.broken else (np.zeros(0, np.int32), [])
+    split = scan.splits(problems) if "split" not in scan.broken else None
+    src, dst = _read_edges(source.edges, node_id, problems)
+    where = f"{source.nodes.where}, column"
+    if complete and "label" not in scan.broken:
+        if scan.rows and not classes:
+            problems.append(f"{where} label: none of {scan.rows} nodes has one; label some (0, 1, … or a class name)")
+        elif split is not None and not scan.unknown_splits:
+            problems += absent_problems(
+                f"{where} split", label, split, classes, "split at random (use_split_column=False)"
+            )
+    if problems or node_id is None:
         raise DataError(source.name, problems)
-    assert node_id is not None
     return CheckedGraph(node_id, label, classes, split, src, dst, scan.text_bytes)
-
-
-def split_problems(where: str, label: np.ndarray, split: np.ndarray, classes: list[str], otherwise: str) -> list[str]:
-    """The problem, if any, of classes without a training node."""
-    absent = absent_classes(label, split, classes)
-    if not absent:
-        return []
-    return [
-        f"{where}: {len(absent)} of {len(classes)} classes have no labelled node in the training split "
-        f"({show(absent)}); move nodes of these classes into it, unlabel or merge the classes, or {otherwise}"
-    ]
-
-
-def show(values: Iterable[Any], limit: int = 5) -> str:
-    """The first values of a problem, shortened."""
-    listed = list(values)
-    texts = ["null" if v is None else repr(v) if len(repr(v)) <= 60 else repr(v)[:57] + "…'" for v in listed[:limit]]
-    return ", ".join(texts) + (", …" if len(listed) > limit else "")
 
 
 @dataclass
 class _NodeScan:
+    """The pass over the node table: a method for each column takes it batch by batch, another concludes."""
+
     table: Table
     use_split: bool
-    text_bytes: int = 0
     rows: int = 0
+    text_bytes: int = 0
     ids: list[pa.Array] = field(default_factory=list)
-    bad_texts: list[np.ndarray] = field(default_factory=list)  # row numbers
+    blank_texts: list[np.ndarray] = field(default_factory=list)  # row numbers
     codes: list[np.ndarray] = field(default_factory=list)  # labels: the integer, or the index into names
-    names: dict[str, int] = field(default_factory=dict)
+    names: dict[str, int] = field(default_factory=dict)  # labels that are strings
     label_kinds: set[str] = field(default_factory=set)
-    label_names: set[tuple[str, str]] = field(default_factory=set)
+    label_names: set[tuple[str, str]] = field(default_factory=set)  # (label, name)
     split_codes: list[np.ndarray] = field(default_factory=list)
-    odd_splits: Counter[str] = field(default_factory=Counter)
-    broken: dict[str, str] = field(default_factory=dict)  # column → what is wrong with its type
+    unknown_splits: Counter[str] = field(default_factory=Counter)
+    broken: dict[str, str] = field(default_factory=dict)  # column → why it cannot be used at all
 
-    def run(self, problems: list[str]) -> pa.Array | None:
-        """Read the table. Returns the ids, or None if they are too broken to look edges up in."""
+    def read(self, problems: list[str]) -> bool:
+        """Whether the table could be read to its end."""
         where = self.table.where
         try:
             present = self.table.columns()
-            missing = [name for name in REQUIRED if name not in present]
-            if missing:
-                problems.append(
-                    f"{where}: missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (it has {show(present, 12)}); "
-                    "add or rename: node_id, text and label are required"
-                )
-            wanted = [*REQUIRED, "label_name", *(["split"] if self.use_split else [])]
-            for batch in self.table.batches([name for name in wanted if name in present]):
+            missing = _missing(where, present, REQUIRED, problems)
+            self.broken.update(dict.fromkeys(missing, "missing"))
+            wanted = [name for name in NODE_COLUMNS if name in present and (name != "split" or self.use_split)]
+            for batch in self.table.batches(wanted) if wanted else ():
                 self._add(batch)
         except DataError as error:
             problems.extend(f"{error.where}: {problem}" for problem in error.problems)
-            return None
-        problems.extend(f"{where}, column {column}: {what}" for column, what in self.broken.items())
-        if self.rows == 0 and not missing:
+            return False
+        problems.extend(f"{where}, column {c}: {what}" for c, what in self.broken.items() if what != "missing")
+        if self.rows == 0 and wanted:
             problems.append(f"{where}: has no rows; a graph needs at least one node")
-        node_id = None if {"node_id"} & ({*missing} | set(self.broken)) else self._finish_ids(problems)
-        if self.bad_texts:
-            bad = np.concatenate(self.bad_texts)
-            which = f"node_id {show(node_id.take(bad[:6]).to_pylist())}" if node_id is not None else f"rows {show(bad[:6])}"
-            problems.append(f"{where}, column text: {len(bad)} empty or null ({which}); write a text or drop the node")
-        return node_id
+        return self.rows > 0
 
     def _add(self, batch: pa.RecordBatch) -> None:
-        column = {name: plain(batch.column(name)) for name in batch.schema.names}
-        for name, add in (
-            ("node_id", self._add_ids),
-            ("text", self._add_texts),
-            ("label", self._add_labels),
-            ("split", self._add_splits),
-        ):
-            if name in column and name not in self.broken:
-                try:
-                    add(column[name])
-                except (pa.ArrowException, TypeError) as error:
-                    self.broken[name] = str(error).strip()
-        if {"label", "label_name"} <= column.keys() and not self.broken.keys() & {"label", "label_name"}:
-            if not is_text(column["label_name"].type) and not pa.types.is_null(column["label_name"].type):
-                self.broken["label_name"] = f"is {column['label_name'].type}; make it strings"
-            else:
-                pairs = pa.table({"label": column["label"], "name": column["label_name"]})
-                found = pairs.group_by(["label", "name"]).aggregate([]).to_pylist()
-                self.label_names |= {(_whole(p["label"]), p["name"]) for p in found if p["name"] and p["label"] is not None}
+        columns = {name: plain(batch.column(name)) for name in batch.schema.names}
+        takers = {
+            "node_id": self._add_ids,
+            "text": self._add_texts,
+            "label": self._add_labels,
+            "split": self._add_splits,
+        }
+        for name, take in takers.items():
+            try:
+                if name in columns.keys() - self.broken.keys():
+                    take(columns[name])
+            except (pa.ArrowException, TypeError) as error:
+                self.broken[name] = str(error).strip()
+        if {"label", "label_name"} <= columns.keys() - self.broken.keys():
+            pairs = pa.table({"label": columns["label"], "name": columns["label_name"]}).group_by(["label", "name"])
+            for pair in pairs.aggregate([]).to_pylist():
+                if pair["name"] and pair["label"] is not None:
+                    label = pair["label"]
+                    self.label_names.add((str(int(label) if isinstance(label, float) else label), str(pair["name"])))
         self.rows += batch.num_rows
 
     def _add_ids(self, column: pa.Array) -> None:
         if not is_text(column.type) and not pa.types.is_integer(column.type):
             raise TypeError(f"is {column.type}; make it integers or strings")
-        if column.null_count:
-            raise TypeError(f"has nulls (the first in row {self.rows + pc.index(pc.is_null(column), True).as_py()}); give every node an id")
+        blank = pc.is_null(column) if pa.types.is_integer(column.type) else pc.fill_null(pc.equal(column, ""), True)
+        if pc.any(blank).as_py():
+            row = self.rows + pc.index(blank, True).as_py()
+            raise TypeError(
+                f"has {pc.sum(blank).as_py()} or more nulls (the first in row {row}); give every node an id"
+            )
         kind = pa.large_string() if is_text(column.type) else pa.int64()
         if self.ids and self.ids[0].type != kind:
             raise TypeError("is integers in one file and strings in another; make all of them alike")
@@ -159,162 +139,156 @@ class _NodeScan:
         except pa.ArrowInvalid as error:
             raise TypeError(f"is not valid UTF-8 ({error}); decode and write the texts again") from error
         self.text_bytes += pc.sum(pc.binary_length(column)).as_py() or 0
-        blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)
-        bad = np.flatnonzero(pc.fill_null(blank, True).to_numpy(zero_copy_only=False))
-        if len(bad):
-            self.bad_texts.append(bad + self.rows)
+        blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True)
+        self.blank_texts.append(np.flatnonzero(blank.to_numpy(zero_copy_only=False)) + self.rows)
 
     def _add_labels(self, column: pa.Array) -> None:
-        if is_text(column.type):
+        kind = column.type
+        if is_text(kind):
             encoded = column.dictionary_encode()
-            of_value = [-1 if v == "" else self.names.setdefault(v, len(self.names)) for v in encoded.dictionary.to_pylist()]
-            index = pc.fill_null(encoded.indices, len(of_value)).to_numpy(zero_copy_only=False)
-            codes = np.array([*of_value, -1], dtype=np.int64)[index]
+            values = [
+                -1 if v == "" else self.names.setdefault(v, len(self.names)) for v in encoded.dictionary.to_pylist()
+            ]
+            codes = np.array([*values, -1], dtype=np.int64)[encoded.indices.fill_null(len(values)).to_numpy()]
             self.label_kinds.add("strings")
-        elif pa.types.is_integer(column.type) or pa.types.is_null(column.type) or pa.types.is_floating(column.type):
-            if pa.types.is_floating(column.type):  # integers with holes, as pandas writes them
+        elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind):
+            if pa.types.is_floating(kind):  # integers with holes, as pandas writes them
                 column = pc.if_else(pc.is_nan(column), None, column)
                 odd = column.filter(pc.not_equal(pc.floor(column), column))
                 if len(odd):
                     raise TypeError(f"has fractions ({show(odd.to_pylist())}); make it integers or strings")
-            codes = pc.fill_null(column.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+            codes = column.cast(pa.int64()).fill_null(-1).to_numpy()
             if (codes < -1).any():
-                raise TypeError(f"has labels below -1 ({show(np.unique(codes[codes < -1]).tolist())}); -1 means unlabelled")
-            if not pa.types.is_null(column.type):
+                raise TypeError(
+                    f"has labels below -1 ({show(np.unique(codes[codes < -1]).tolist())}); -1 is unlabelled"
+                )
+            if not pa.types.is_null(kind):
                 self.label_kinds.add("integers")
         else:
-            raise TypeError(f"is {column.type}; make it integers (-1 = unlabelled) or strings")
+            raise TypeError(f"is {kind}; make it integers (-1 = unlabelled) or strings")
         if len(self.label_kinds) > 1:
             raise TypeError("is integers in one file and strings in another; make all of them alike")
         self.codes.append(codes)
 
     def _add_splits(self, column: pa.Array) -> None:
-        if not is_text(column.type) and not pa.types.is_null(column.type):
-            raise TypeError(f"is {column.type}; make it strings: train, val, test or empty")
-        encoded = column.cast(pa.large_string()).dictionary_encode()
-        values = [*encoded.dictionary.to_pylist(), None]
-        index = pc.fill_null(encoded.indices, len(values) - 1).to_numpy(zero_copy_only=False)
-        for value, count in zip(values, np.bincount(index, minlength=len(values)).tolist(), strict=True):
-            if value not in SPLIT_VALUES:
-                self.odd_splits[value] += count
-        self.split_codes.append(np.array([SPLIT_VALUES.get(value, -1) for value in values], dtype=np.int8)[index])
+        self.split_codes.append(read_split(column, self.unknown_splits))
 
-    def _finish_ids(self, problems: list[str]) -> pa.Array:
-        node_id = join(self.ids, pa.int64())
+    def node_ids(self, problems: list[str]) -> pa.Array:
+        """(N,) int64 or large_string."""
+        node_id = pa.concat_arrays(self.ids)
         if self.table.untyped and pc.all(pc.match_substring_regex(node_id, WHOLE_NUMBER)).as_py():
-            try:
-                node_id = node_id.cast(pa.int64())
-            except pa.ArrowInvalid:  # beyond 64 bits: they stay strings
-                pass
+            node_id = node_id.cast(pa.int64())
         if pc.count_distinct(node_id).as_py() < len(node_id):
             counts = pc.value_counts(node_id)
             repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-            problems.append(
-                f"{self.table.where}, column node_id: {len(repeated)} duplicate ids ({show(repeated[:6].to_pylist())}); "
-                "give every node one row"
-            )
+            what = f"{len(repeated)} ids are on several rows ({show(repeated[:6].to_pylist())})"
+            problems.append(f"{self.table.where}, column node_id: {what}; drop the duplicate rows")
         return node_id
+
+    def tell_blank_texts(self, node_id: pa.Array | None, problems: list[str]) -> None:
+        rows = np.concatenate(self.blank_texts) if self.blank_texts else np.zeros(0, np.int64)
+        if len(rows):
+            first = pa.array(rows[:6])
+            which = (
+                f"rows {show(rows[:6].tolist())}"
+                if node_id is None
+                else f"node_id {show(node_id.take(first).to_pylist())}"
+            )
+            what = f"{len(rows)} texts are empty or null ({which})"
+            problems.append(f"{self.table.where}, column text: {what}; write a text or drop the node")
 
     def labels(self, problems: list[str]) -> tuple[np.ndarray, list[str]]:
         """(N,) int32 indices into the class names: integers in numeric order, strings sorted."""
         codes = np.concatenate(self.codes) if self.codes else np.zeros(0, np.int64)
-        numeric = "strings" not in self.label_kinds
-        if not numeric and self.table.untyped and all(pc.match_substring_regex(pa.array(list(self.names), pa.string()), WHOLE_NUMBER).to_pylist()):
-            codes = np.array([int(name) for name in self.names] + [-1], dtype=np.int64)[codes]
-            numeric = True
-        if not numeric:
-            names = list(self.names)
-            order = sorted(range(len(names)), key=names.__getitem__)
-            rank = np.full(len(names) + 1, -1, np.int32)
-            rank[order] = np.arange(len(names))
-            return rank[codes], [names[i] for i in order]
+        names = list(self.names)
+        if self.table.untyped and pc.all(pc.match_substring_regex(pa.array(names, pa.string()), WHOLE_NUMBER)).as_py():
+            codes = np.array([*map(int, names), -1], dtype=np.int64)[codes]
+            names = []
+        if names:
+            rank = {name: i for i, name in enumerate(sorted(names))}
+            return np.array([*map(rank.__getitem__, names), -1], dtype=np.int32)[codes], list(rank)
         values = np.unique(codes[codes >= 0])
         label = np.where(codes >= 0, np.searchsorted(values, codes), -1).astype(np.int32)
         return label, self._class_names([str(v) for v in values.tolist()], problems)
 
     def _class_names(self, values: list[str], problems: list[str]) -> list[str]:
         where = f"{self.table.where}, column label_name"
-        of_value: dict[str, list[str]] = {}
+        of_value: dict[str, list[str]] = {value: [] for value in values}
         for value, name in sorted(self.label_names):
-            of_value.setdefault(value, []).append(name)
-        unsure = {value: names for value, names in of_value.items() if len(names) > 1 and value in values}
+            of_value.get(value, []).append(name)
+        unsure = [f"{value}: {', '.join(names)}" for value, names in of_value.items() if len(names) > 1]
         if unsure:
-            pairs = [f"{value}: {', '.join(names)}" for value, names in unsure.items()]
-            problems.append(f"{where}: {len(unsure)} labels have several names ({show(pairs)}); give each label one name")
-        classes = [of_value.get(value, [value])[0] for value in values]
+            problems.append(
+                f"{where}: {len(unsure)} labels have several names ({show(unsure)}); give each label one name"
+            )
+        classes = [names[0] if names else value for value, names in of_value.items()]
         twice = [name for name, count in Counter(classes).items() if count > 1]
         if twice:
-            problems.append(f"{where}: {len(twice)} names stand for several labels ({show(twice)}); merge or rename them")
+            problems.append(f"{where}: {len(twice)} names stand for several labels ({show(twice)}); rename them")
         return classes
 
     def splits(self, problems: list[str]) -> np.ndarray | None:
-        """(N,) int8, or None if no node has one."""
-        if self.odd_splits:
-            problems.append(
-                f"{self.table.where}, column split: {self.odd_splits.total()} unknown values ({show(self.odd_splits)}); "
-                "use train, val, test or an empty string"
-            )
+        """(N,) int8, or None if no node is in a split."""
+        if self.unknown_splits:
+            what = f"{self.unknown_splits.total()} unknown values ({show(self.unknown_splits)})"
+            problems.append(f"{self.table.where}, column split: {what}; use train, val, test or an empty string")
         split = np.concatenate(self.split_codes) if self.split_codes else np.zeros(0, np.int8)
         return split if (split >= 0).any() else None
 
 
-def _scan_edges(table: Table | None, node_id: pa.Array | None, problems: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends of every edge as node rows."""
-    ends: dict[str, list[np.ndarray]] = {name: [np.zeros(0, np.int64)] for name in EDGE_COLUMNS}
+def _read_edges(table: Table | None, node_id: pa.Array | None, problems: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Both ends of every edge as node rows; without ``node_id`` only the presence of the columns is checked."""
+    rows = {name: np.zeros(0, np.int64) for name in EDGE_COLUMNS}
     lost: dict[str, Counter[Any]] = {name: Counter() for name in EDGE_COLUMNS}
     if table is None:
-        return ends["src"][0], ends["dst"][0]
+        return rows["src"], rows["dst"]
+    places = {name: f"{table.where}, column {name}" for name in EDGE_COLUMNS}
     try:
-        present = table.columns()
-        missing = [name for name in EDGE_COLUMNS if name not in present]
-        if missing:
-            raise DataError(table.where, f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (it has {show(present, 12)}); an edge table needs src and dst")
-        for chunk in _gathered(table.batches(EDGE_COLUMNS)):
-            if node_id is None:
-                break
-            for name in EDGE_COLUMNS:
-                rows, unknown = _find(chunk.column(name), node_id, table.untyped, f"{table.where}, column {name}")
-                lost[name].update(unknown)
-                ends[name].append(rows)
+        absent = _missing(table.where, table.columns(), EDGE_COLUMNS, problems)
+        batches = [] if absent or node_id is None else list(table.batches(EDGE_COLUMNS))
+        for name, where in places.items():
+            chunks = [plain(batch.column(name)) for batch in batches if batch.num_rows]
+            if len({chunk.type for chunk in chunks}) > 1:
+                raise DataError(where, "has another type in another file; make all alike")
+            if chunks:
+                rows[name] = _find(pa.chunked_array(chunks), node_id, table.untyped, where, lost[name])
     except DataError as error:
         problems.extend(f"{error.where}: {problem}" for problem in error.problems)
     for name, values in lost.items():
         if values:
-            problems.append(
-                f"{table.where}, column {name}: {values.total()} edges end at {len(values)} ids that no node has "
-                f"({show(values)}); add these nodes or drop the edges"
-            )
-    return np.concatenate(ends["src"]), np.concatenate(ends["dst"])
+            what = f"{values.total()} edges end at {len(values)} ids that no node has ({show(values)})"
+            problems.append(f"{places[name]}: {what}; add these nodes or drop the edges")
+    return rows["src"], rows["dst"]
 
 
-def _find(column: pa.Array, node_id: pa.Array, untyped: bool, where: str) -> tuple[np.ndarray, list[Any]]:
-    """Node rows of the ids in ``column``, and the ids that are none. Raises DataError for ids of another type."""
-    column = plain(column)
-    wanted = column
+def _missing(where: str, present: list[str], required: Sequence[str], problems: list[str]) -> list[str]:
+    """The required columns that a table lacks."""
+    missing = [name for name in required if name not in present]
+    if missing:
+        what = f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (it has {show(present, 12)})"
+        problems.append(f"{where}: {what}; add or rename, {', '.join(required)} are required")
+    return missing
+
+
+def _find(column: pa.ChunkedArray, node_id: pa.Array, untyped: bool, where: str, lost: Counter[Any]) -> np.ndarray:
+    """Node rows of ``column``, ids that no node has counted in ``lost``. Raises DataError for ids of another type."""
     if untyped and pa.types.is_integer(node_id.type):
-        fits = pc.match_substring_regex(column, r"^(0|-?[1-9][0-9]{0,17})$")
-        wanted = pc.if_else(fits, column, None).cast(pa.int64())
-    elif is_text(column.type) != is_text(node_id.type) or not (is_text(column.type) or pa.types.is_integer(column.type)):
+        wanted = pc.if_else(pc.match_substring_regex(column, WHOLE_NUMBER), column, None).cast(pa.int64())
+    elif is_text(column.type) if is_text(node_id.type) else pa.types.is_integer(column.type):
+        try:
+            wanted = column.cast(node_id.type)
+        except pa.ArrowInvalid as error:  # unsigned and beyond int64
+            raise DataError(where, f"has ids that no node can have ({error}); use signed 64-bit integers") from error
+    else:
         raise DataError(where, f"is {column.type}, but node_id is {node_id.type}; make both integers or both strings")
-    found = pc.index_in(wanted.cast(node_id.type), value_set=node_id)
-    unknown = column.filter(pc.is_null(found)).to_pylist() if found.null_count else []
-    return found.drop_null().to_numpy(zero_copy_only=False).astype(np.int64), unknown
-
-
-def _gathered(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of at least LOOKUP_ROWS (but for the last)."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(len(b) for b in waiting) >= LOOKUP_ROWS:
-            yield pa.concat_batches(waiting)
-            waiting = []
-    if waiting:
-        yield pa.concat_batches(waiting)
-
-
-def join(arrays: list[pa.Array], otherwise: pa.DataType) -> pa.Array:
-    return pa.concat_arrays(arrays) if arrays else pa.array([], otherwise)
+    if pa.types.is_integer(node_id.type) and np.array_equal(node_id.to_numpy(), np.arange(len(node_id))):
+        inside = pc.and_(pc.greater_equal(wanted, 0), pc.less(wanted, len(node_id)))
+        found = pc.if_else(inside, wanted, None)  # the ids are the rows: no table of ids to build
+    else:
+        found = pc.index_in(wanted, value_set=node_id)
+    if found.null_count:
+        lost.update(column.filter(pc.is_null(found)).to_pylist())
+    return found.drop_null().to_numpy().astype(np.int64)
 
 
 def plain(column: pa.Array) -> pa.Array:
@@ -324,7 +298,3 @@ def plain(column: pa.Array) -> pa.Array:
 
 def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _whole(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value == value and value.is_integer() else str(value)

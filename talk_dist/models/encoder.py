@@ -128,11 +128,7 @@ class TextEncoder:
         while start < len(order):
             longest = max(1, int(lengths[order[start]]))
             batch = order[start : start + max(1, self.config.batch_tokens // longest)]
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros(len(batch), longest, dtype=torch.long)
-            for slot, row in enumerate(batch):
-                ids[slot, : lengths[row]] = torch.from_numpy(tokens[row].astype(np.int64))
-                mask[slot, : lengths[row]] = 1
+            ids, mask = map(torch.from_numpy, tokens.padded(batch))
             with torch.inference_mode():
                 pooled = self._forward(mask, input_ids=ids.to(self.device))
             out[batch] = pooled.float().cpu().numpy()
@@ -166,7 +162,9 @@ class TextEncoder:
     def forward_embeds(self, x: Tensor, mask: Tensor | None = None, dropout_seed: int | None = None) -> Tensor:
         """Pooled encodings (m, d) float32 of ``x`` (m, T, d_tok), differentiable; dropout only with a seed."""
         if x.shape[1] > self.max_positions:
-            raise ConfigError(f"synthetic.tokens = {x.shape[1]}: {self.config.name!r} has {self.max_positions} positions")
+            raise ConfigError(
+                f"synthetic.tokens = {x.shape[1]}: {self.config.name!r} has {self.max_positions} positions"
+            )
         mask = torch.ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
         with self._dropout(dropout_seed):
             return self._forward(mask, inputs_embeds=x.to(self.device)).float()
@@ -229,7 +227,9 @@ def _bfloat16(precision: str, device: torch.device) -> bool:
 
 def _cpu_flags() -> str:
     info = Path("/proc/cpuinfo")
-    return next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
+    return (
+        next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
+    )
 
 
 def _pooling(config: EncoderConfig) -> str:

@@ -93,4 +93,3 @@ class Student(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.config.dropout, self.training)
-

@@ -53,6 +53,9 @@ class ShardPool(Protocol):
     def tokens(self, place: np.ndarray) -> TokenLists:
         """Token ids of the nodes at (shard, row)."""
 
+    def gather(self) -> np.ndarray:
+        """All encodings (N, d), by shard. For the full-data reference alone: this one does grow with N."""
+
 
 class LocalPool:
     """All shards in this process, sharing one encoder."""
@@ -97,6 +100,9 @@ class LocalPool:
 
     def tokens(self, place: np.ndarray) -> TokenLists:
         return join_tokens(place, lambda shard, rows: self.shards[shard].tokens(rows))
+
+    def gather(self) -> np.ndarray:
+        return np.concatenate([shard.rows("H", np.arange(shard.part.num_own)) for shard in self.shards])
 
     def _exchange(self, name: str, depth: int) -> None:
         for shard in self.shards:

@@ -242,8 +242,9 @@ class Shard:
     def student_begin(self, state: StudentState) -> None:
         part = self.part
         self._student = state.build()
-        self._graph = local_graph(state.config.kind, part.indptr[: part.num_own + 1],
-                                  part.indices[: part.indptr[part.num_own]], part.degree)
+        self._graph = local_graph(
+            state.config.kind, part.indptr[: part.num_own + 1], part.indices[: part.indptr[part.num_own]], part.degree
+        )
         self._root: Tensor | None = None
         self._fields["X"] = self._fields["H"]
 

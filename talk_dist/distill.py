@@ -1,0 +1,138 @@
+"""The page: TaLK's bi-level loop (arXiv 2606.22975), over a pool of shards and an encoder.
+
+Inner loop: train adapters and a student on the synthetic set. Outer loop: encode the real texts with these
+adapters, validate, and inject the gradient of a kernel ridge regression loss into the token embeddings.
+Nothing here knows whether the shards live in this process or on a cluster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from talk_dist.config import DistillConfig
+from talk_dist.models.encoder import TextEncoder
+from talk_dist.models.gnn import Student
+from talk_dist.models.inner import fit
+from talk_dist.runtime.callbacks import Callback, Callbacks
+from talk_dist.runtime.checkpoint import Checkpoint, DistillState, OuterOptimizer
+from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
+from talk_dist.runtime.pool import ShardPool
+from talk_dist.synthetic.artifact import SyntheticTAG
+from talk_dist.synthetic.init import initialise
+
+
+def distill(
+    pool: ShardPool,
+    encoder: TextEncoder,
+    config: DistillConfig,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: Checkpoint | None = None,
+) -> SyntheticTAG:
+    """Distil the graph behind ``pool`` into a synthetic TAG: the one that validated best.
+
+    With ``checkpoint`` every outer epoch is saved, and a run that was cut off goes on from the last one to
+    the same result. The test split is never read. Raises ConfigError and NotPSDError.
+    """
+    tell = Callbacks(callbacks)
+    objective = Objective(pool, config)
+    started = time.monotonic()
+    state = checkpoint.load() if checkpoint else None
+    if state is None:
+        encoder.reset_adapters(config.seed)
+        pool.encode(encoder.adapters(), lambda done, total: tell.progress("encode", done, total, {}))
+        start = initialise(pool, encoder, config, tell.progress)
+        state = DistillState(start.x_s, start.y_s, torch.tensor(start.log_temperature, dtype=torch.float64))
+    initial_seconds = time.monotonic() - started
+
+    while state.epoch <= config.outer.epochs and state.epoch - max(state.best_epoch, 0) <= config.outer.patience:
+        clock = _Clock()
+        seed = config.seed + 1000 * (state.epoch + 1)
+        encoder.reset_adapters(seed)
+        student = Student(config.student, encoder.width, state.y_s.shape[1], seed)
+        inner = fit(encoder, student, state.x_s, state.y_s, config.inner, seed=seed, batch=config.outer.inject_batch)
+        clock.lap("inner")
+        pool.encode(encoder.adapters(), lambda done, total: tell.progress("encode", done, total, {}))
+        clock.lap("encode")
+        h_s = encoder.encode_embeds(state.x_s, batch=config.outer.inject_batch)
+        record = {
+            "epoch": state.epoch,
+            "val_accuracy": student_accuracy(pool, student, "val"),
+            "krr_val_accuracy": accuracy(objective.krr_counts(h_s, state.y_s, "val")),
+            "inner_loss": inner.loss,
+            "inner_passes": inner.passes,
+        }
+        record["best"] = state.offer(record["val_accuracy"])
+        clock.lap("validate")
+        if state.epoch < config.outer.epochs:
+            record["loss"] = outer_steps(state, encoder, objective, config, tell)
+            clock.lap("steps")
+        record["seconds"] = clock.laps | {"epoch": clock.total}
+        state.history.append(record)
+        state.epoch += 1
+        tell.epoch(record)
+        if checkpoint:
+            checkpoint.save(state)
+
+    assert state.best is not None
+    x_s, y_s = state.best
+    metrics = {
+        "val_accuracy": state.best_accuracy,
+        "best_epoch": state.best_epoch,
+        "seconds": {"start": initial_seconds, "epochs": sum(r["seconds"]["epoch"] for r in state.history)},
+        "history": state.history,
+    }
+    return SyntheticTAG(x_s, y_s, config=describe(pool, encoder, config), metrics=metrics).as_stored()
+
+
+def outer_steps(
+    state: DistillState, encoder: TextEncoder, objective: Objective, config: DistillConfig, tell: Callback
+) -> list[float]:
+    """S outer steps on ``state``, in place; returns the loss before each (method, section 2, step 5)."""
+    outer, losses = config.outer, []
+    optimizer = OuterOptimizer(state, outer.lr, outer.label_lr, outer.temperature_lr, outer.weight_decay)
+    for step in range(outer.steps):
+        dropout = config.seed + 1_000_003 * (state.epoch + 1) + 4099 * step if outer.dropout else None
+        h_s = encoder.encode_embeds(state.x_s, batch=outer.inject_batch, dropout_seed=dropout)
+        gradient = objective(h_s, state.y_s, float(state.log_temperature))
+        d_xs = encoder.inject(state.x_s, gradient.d_hs, batch=outer.inject_batch, dropout_seed=dropout)
+        d_ys = gradient.d_ys if config.synthetic.learn_labels else None
+        optimizer.step(d_xs, d_ys, gradient.d_log_temperature)
+        losses.append(gradient.loss)
+        tell.progress("steps", step + 1, outer.steps, {"loss": gradient.loss})
+    return losses
+
+
+def describe(pool: ShardPool, encoder: TextEncoder, config: DistillConfig) -> dict:
+    """What an artifact must say of itself to be trained on, checked and made again."""
+    return {
+        "dataset": pool.tag.meta["name"],
+        "dataset_hash": pool.tag.meta["hash"],
+        "num_real_nodes": pool.tag.num_nodes,
+        "text_bytes": pool.tag.meta["text"],
+        "classes": pool.tag.classes,
+        "encoder": {"name": config.encoder.name, "pooling": encoder.pooling, "width": encoder.width},
+        "tokenizer": encoder.tokenizer.fingerprint,
+        "storage": config.synthetic.storage,
+        "seed": config.seed,
+        "threads": torch.get_num_threads(),
+        "distill": config.to_dict(),
+    }
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self.last = round(now - self.last, 3), now
+
+    @property
+    def total(self) -> float:
+        return round(self.last - self.start, 3)

@@ -1,0 +1,203 @@
+"""Train a fresh encoder+GNN on a set of training nodes and score it on the real graph.
+
+The sets: a synthetic TAG, coresets of real texts of the same size, or the full training set. All take the
+same recipe; a pass is chosen on validation nodes, and the test nodes are scored once a seed, at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
+from talk_dist.errors import ConfigError
+from talk_dist.models.encoder import TextEncoder
+from talk_dist.runtime.full import fit_full
+from talk_dist.models.gnn import Student
+from talk_dist.models.inner import fit
+from talk_dist.runtime.outer import Objective, accuracy, macro_f1
+from talk_dist.runtime.pool import ShardPool
+from talk_dist.runtime.shard import StudentState
+from talk_dist.synthetic.artifact import SyntheticTAG
+from talk_dist.synthetic.coresets import METHODS, allocate, select
+from talk_dist.synthetic.init import SAMPLE_MINIMUM, SAMPLE_PER_NODE
+
+Against = Literal["full", "random", "herding", "kcenter", "medoid"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How students are trained and compared."""
+
+    against: tuple[Against, ...] = ("full", "random", "herding", "kcenter", "medoid")
+    """The full training set and coresets of the same size."""
+    seeds: int = 5
+    """Students trained from so many seeds; the table shows mean ± standard deviation."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    """The student."""
+    recipe: InnerConfig = field(default_factory=lambda: InnerConfig(patience=50))
+    """How every student is trained, whatever it is trained on."""
+    full_epochs: int = 4
+    """With adapters: epochs of joint training on the full training set."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.against) - set(get_args(Against))
+        if unknown or self.seeds < 1:
+            raise ConfigError(f"evaluate: seeds must be at least 1, against one of {get_args(Against)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training set: scores of its students on the real test nodes, one per seed."""
+
+    name: str
+    nodes: int
+    bytes: int
+    accuracy: tuple[float, ...]
+    macro_f1: tuple[float, ...]
+    val_accuracy: tuple[float, ...]
+    krr_accuracy: float | None
+
+
+def evaluate(
+    pool: ShardPool,
+    encoder: TextEncoder,
+    tag: SyntheticTAG,
+    distilled_with: DistillConfig,
+    config: EvaluateConfig,
+    progress: Callable[[str, int, int, dict[str, float]], None] = lambda *_: None,
+) -> list[Row]:
+    """One row for ``tag`` ("synthetic"), then one for each of ``config.against``.
+
+    Raises DataError if ``tag`` belongs to another graph's classes.
+    """
+    encoder.reset_adapters(0)
+    pool.encode(encoder.adapters(), lambda done, total: progress("encode", done, total, {}))
+    rows = [_small_set("synthetic", tag, pool, encoder, distilled_with, config, progress)]
+    counts = allocate(len(tag), pool.tag.train_class_counts)
+    for name in config.against:
+        if name == "full":
+            rows.append(_full_set(pool, encoder, config, progress))
+            continue
+        coreset, size = coreset_tag(pool, encoder, counts, name, distilled_with.seed)
+        row = _small_set(name, coreset, pool, encoder, distilled_with, config, progress)
+        rows.append(dataclasses.replace(row, bytes=size))
+    return rows
+
+
+def coreset_tag(
+    pool: ShardPool, encoder: TextEncoder, counts: np.ndarray, method: str, seed: int
+) -> tuple[SyntheticTAG, int]:
+    """Real texts as a TAG of token embeddings with a mask, and the bytes of their token ids (int32)."""
+    if method not in METHODS:
+        raise ConfigError(f"unknown coreset {method!r}; one of {sorted(METHODS)}")
+    sample = pool.sample(max(SAMPLE_MINIMUM, SAMPLE_PER_NODE * int(counts.max())), seed)
+    rows = select(sample, counts, method, seed)
+    tokens = pool.tokens(sample.place[rows])
+    ids, mask = map(torch.from_numpy, tokens.padded(np.arange(len(tokens))))
+    embeds = encoder.token_table.cpu()[ids]
+    labels = torch.nn.functional.one_hot(torch.from_numpy(sample.label[rows].astype(np.int64)), len(counts)).float()
+    return SyntheticTAG(embeds, labels, mask), int(tokens.values.nbytes)
+
+
+def _small_set(
+    name: str,
+    tag: SyntheticTAG,
+    pool: ShardPool,
+    encoder: TextEncoder,
+    distilled_with: DistillConfig,
+    config: EvaluateConfig,
+    progress: Callable[[str, int, int, dict[str, float]], None],
+) -> Row:
+    def train(student: Student, seed: int) -> None:
+        choose = None if encoder.adapter_parameters() else _validate(pool)
+        fit(encoder, student, tag.token_embeds, tag.labels, config.recipe, mask=tag.mask, seed=seed, select=choose)
+
+    # the kernel predictor, on the encodings of an encoder that nothing has adapted
+    h_s = encoder.encode_embeds(tag.token_embeds, tag.mask)
+    krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
+    return _scored(name, len(tag), tag.num_bytes(), krr, train, pool, encoder, config, progress)
+
+
+def _full_set(
+    pool: ShardPool,
+    encoder: TextEncoder,
+    config: EvaluateConfig,
+    progress: Callable[[str, int, int, dict[str, float]], None],
+) -> Row:
+    def train(student: Student, seed: int) -> None:
+        fit_full(encoder, student, pool, config.recipe, config.full_epochs, seed=seed)
+
+    meta = pool.tag.meta
+    size = meta["text"]["train_bytes"]
+    return _scored("full", meta["split_sizes"]["train"], size, None, train, pool, encoder, config, progress)
+
+
+def _validate(pool: ShardPool) -> Callable[[Student], float]:
+    return lambda student: accuracy(pool.student_scores(StudentState.of(student), ["val"])[0])
+
+
+def _scored(
+    name: str,
+    nodes: int,
+    size: int,
+    krr: float | None,
+    train: Callable[[Student, int], None],
+    pool: ShardPool,
+    encoder: TextEncoder,
+    config: EvaluateConfig,
+    progress: Callable[[str, int, int, dict[str, float]], None],
+) -> Row:
+    scores: list[tuple[float, float, float]] = []
+    for seed in range(config.seeds):
+        encoder.reset_adapters(seed)
+        student = Student(config.student, encoder.width, len(pool.tag.classes), seed)
+        train(student, seed)
+        pool.encode(encoder.adapters())
+        val, test = pool.student_scores(StudentState.of(student), ["val", "test"])
+        scores.append((accuracy(test), macro_f1(test), accuracy(val)))
+        progress(name, seed + 1, config.seeds, {"val": scores[-1][2]})
+    encoder.reset_adapters(0)
+    pool.encode(encoder.adapters())
+    test_accuracy, f1, val_accuracy = zip(*scores, strict=True)
+    return Row(name, nodes, size, test_accuracy, f1, val_accuracy, krr)
+
+
+def retention(rows: Sequence[Row], row: Row) -> float | None:
+    """Mean test accuracy relative to the full training set's; None without it."""
+    full = next((r for r in rows if r.name == "full"), None)
+    return None if full is None else float(np.mean(row.accuracy) / np.mean(full.accuracy))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as one Markdown table."""
+    lines = [
+        "| trained on | nodes | bytes | test accuracy | macro-F1 | KRR accuracy | retention |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        kept = retention(rows, row)
+        lines.append(
+            f"| {row.name} | {row.nodes:,} | {row.bytes:,} | {_spread(row.accuracy)} | {_spread(row.macro_f1)} | "
+            f"{'–' if row.krr_accuracy is None else f'{row.krr_accuracy:.3f}'} | {'–' if kept is None else f'{kept:.3f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def as_metrics(rows: Sequence[Row], config: EvaluateConfig) -> dict[str, Any]:
+    """What goes into the artifact's metrics.json."""
+    return {
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "retention": {row.name: retention(rows, row) for row in rows},
+        "config": dataclasses.asdict(config),
+        "markdown": table(rows),
+    }
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} ± {np.std(values):.3f}"

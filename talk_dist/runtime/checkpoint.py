@@ -1,0 +1,135 @@
+"""The state of a distillation, published atomically as one safetensors file: tensors, and JSON in its header.
+
+Every random choice is a function of (seed, epoch), so a run that goes on from here gives the result of one
+that was never interrupted, to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from talk_dist.data import storage
+from talk_dist.errors import ConfigError, DataError
+
+
+@dataclass
+class DistillState:
+    """What an outer epoch starts from. ``best`` is (x_s, y_s) as it was when it validated best."""
+
+    x_s: Tensor  # (M, T, d_tok)
+    y_s: Tensor  # (M, C)
+    log_temperature: Tensor  # () float64
+    epoch: int = 0
+    best: tuple[Tensor, Tensor] | None = None
+    best_accuracy: float = -1.0
+    best_epoch: int = -1
+    history: list[dict[str, Any]] = field(default_factory=list)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+
+    def offer(self, accuracy: float) -> bool:
+        """Keep the current set if it is the best so far; the earlier of two equals stays."""
+        if accuracy <= self.best_accuracy:
+            return False
+        self.best = (self.x_s.detach().clone(), self.y_s.detach().clone())
+        self.best_accuracy, self.best_epoch = accuracy, self.epoch
+        return True
+
+
+class Checkpoint:
+    """``path`` holds the last finished epoch of the run that ``identity`` (config, data hash) describes."""
+
+    def __init__(self, path: str, identity: dict[str, Any], resume: bool = True):
+        self.path, self.resume = path, resume
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))  # tuples as they will be read back
+
+    def save(self, state: DistillState) -> None:
+        tensors = {"x_s": state.x_s, "y_s": state.y_s, "log_temperature": state.log_temperature}
+        if state.best is not None:
+            tensors["best.x_s"], tensors["best.y_s"] = state.best
+        tensors |= {f"optimizer.{name}": value for name, value in state.optimizer.items()}
+        scalars = {name: getattr(state, name) for name in ("epoch", "best_accuracy", "best_epoch", "history")}
+        metadata = {"state": json.dumps(scalars), "identity": json.dumps(self.identity)}
+        data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        storage.write_atomic(self.path, save_safetensors(data, metadata))
+
+    def load(self) -> DistillState | None:
+        """The saved state, or None where there is none or `resume` is off.
+
+        Raises ConfigError if it belongs to another configuration or data set, DataError if it cannot be read.
+        """
+        if not self.resume or not storage.exists(self.path):
+            return None
+        data = storage.read_bytes(self.path)
+        try:
+            tensors = load_safetensors(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise DataError(self.path, f"cannot be read ({error}); delete it or pass --resume never") from error
+        changed = _differences(json.loads(header["identity"]), self.identity)
+        if changed:
+            raise ConfigError(
+                f"{self.path} belongs to another run ({'; '.join(changed)}); "
+                "pass --resume never to start over, or choose another --out"
+            )
+        best = (tensors.pop("best.x_s"), tensors.pop("best.y_s")) if "best.x_s" in tensors else None
+        optimizer = {name[10:]: value for name, value in tensors.items() if name.startswith("optimizer.")}
+        return DistillState(
+            tensors["x_s"],
+            tensors["y_s"],
+            tensors["log_temperature"],
+            best=best,
+            optimizer=optimizer,
+            **json.loads(header["state"]),
+        )
+
+
+def _differences(saved: Any, current: Any, where: str = "") -> list[str]:
+    if isinstance(saved, dict) and isinstance(current, dict):
+        keys = sorted(saved.keys() | current.keys())
+        return [line for key in keys for line in _differences(saved.get(key), current.get(key), f"{where}.{key}")]
+    return [] if saved == current else [f"{where[1:]}: {saved!r} there, {current!r} now"]
+
+
+class OuterOptimizer:
+    """AdamW on the token embeddings, the labels if they are learned, and the log temperature."""
+
+    def __init__(self, state: DistillState, lr: float, label_lr: float, temperature_lr: float, weight_decay: float):
+        self.state = state
+        self.parameters = [state.x_s, state.y_s, state.log_temperature]
+        rates = [lr, label_lr, temperature_lr]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [p], "lr": rate, "weight_decay": weight_decay if p is state.x_s else 0.0}
+                for p, rate in zip(self.parameters, rates, strict=True)
+            ]
+        )
+        for index, p in enumerate(self.parameters):
+            saved = {
+                key: state.optimizer[f"{index}.{key}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{index}.{key}" in state.optimizer
+            }
+            if saved:
+                self.adamw.state[p] = saved
+
+    def step(self, d_xs: Tensor, d_ys: Tensor | None, d_log_temperature: float) -> None:
+        """One step; ``d_ys`` None leaves the labels alone."""
+        gradients = [d_xs, d_ys, torch.tensor(d_log_temperature)]
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = None if gradient is None else gradient.to(p)
+        self.adamw.step()
+        for p in self.parameters:
+            p.grad = None
+        self.state.optimizer = {
+            f"{index}.{key}": value
+            for index, p in enumerate(self.parameters)
+            for key, value in self.adamw.state.get(p, {}).items()
+        }

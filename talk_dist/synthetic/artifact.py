@@ -1,0 +1,125 @@
+"""What a user keeps: the synthetic TAG as safetensors, its configuration, metrics and card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from talk_dist.data import storage
+from talk_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+TENSORS, CONFIG, METRICS, CARD = "synthetic.safetensors", "config.json", "metrics.json", "README.md"
+
+
+@dataclass(frozen=True)
+class SyntheticTAG:
+    """M synthetic nodes that only see themselves: token embeddings and labels.
+
+    ``config``: encoder, number format, data set, seed and the whole distillation configuration;
+    ``metrics``: what was measured on the way and by `evaluate`.
+    """
+
+    token_embeds: Tensor  # (M, T, d_tok) float32
+    labels: Tensor  # (M, C) float32, rows are label weights
+    mask: Tensor | None = None  # (M, T) int64, 0 = padding; None = no padding
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.token_embeds)
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.config.get("classes") or map(str, range(self.labels.shape[1])))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As stored, in the number format of ``config["storage"]``."""
+        stored: dict[str, Tensor] = {"labels": self.labels.contiguous()}
+        if self.mask is not None:
+            stored["mask"] = self.mask.to(torch.uint8).contiguous()
+        kind, x = self.config.get("storage", "float32"), self.token_embeds.detach().contiguous()
+        if kind == "int8":
+            scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127.0
+            stored["token_scales"] = scale.squeeze(-1).contiguous()
+            stored["token_embeds"] = (x / scale).round().to(torch.int8)
+        else:
+            stored["token_embeds"] = x.to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
+        return stored
+
+    def num_bytes(self) -> int:
+        """Bytes of the tensors as stored."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def as_stored(self) -> SyntheticTAG:
+        """The set that a reader of the artifact gets: after one round of its number format."""
+        return _from_tensors(self.tensors(), self.config, self.metrics)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Publish the artifact folder atomically; after an error the one of before is whole."""
+        from talk_dist.synthetic.card import card  # the card reads this class
+
+        with storage.publish_folder(path, marker=CONFIG) as folder:
+            (folder / TENSORS).write_bytes(save_safetensors(self.tensors(), {"format": "pt"}))
+            (folder / METRICS).write_bytes(storage.to_json(self.metrics))
+            (folder / CARD).write_text(card(self), encoding="utf-8")
+            (folder / CONFIG).write_bytes(storage.to_json(self.config))
+
+    @staticmethod
+    def from_pretrained(path: str | Path) -> SyntheticTAG:
+        """Load an artifact. Raises DataError if a file is missing or damaged."""
+        if not storage.exists(storage.join(path, CONFIG)):
+            raise DataError(str(path), f"is no synthetic TAG (no {CONFIG}); `talk-dist distill` makes one")
+        try:
+            tensors = load_safetensors(storage.read_bytes(storage.join(path, TENSORS)))
+        except SafetensorError as error:
+            raise DataError(str(path), f"{TENSORS} cannot be read ({error}); distil or copy it again") from error
+        config, metrics = (storage.read_json(storage.join(path, name)) for name in (CONFIG, METRICS))
+        return _from_tensors(tensors, config, metrics)
+
+    def to_pyg(self, encodings: Tensor | None = None) -> Data:
+        """A torch-geometric ``Data``: self-loops, ``y`` (class index), ``y_soft``, ``token_embeds``, ``mask``.
+
+        ``encodings`` (M, d), for example ``encoder.encode_embeds(tag.token_embeds)``, become ``x``.
+        """
+        from torch_geometric.data import Data
+
+        nodes = torch.arange(len(self))
+        fields = {"x": encodings, "mask": self.mask}
+        return Data(
+            edge_index=torch.stack([nodes, nodes]),
+            y=self.labels.argmax(1),
+            y_soft=self.labels,
+            token_embeds=self.token_embeds,
+            num_nodes=len(self),
+            **{name: value for name, value in fields.items() if value is not None},
+        )
+
+    def export_pyg(self, path: str | Path, encodings: Tensor | None = None) -> None:
+        """Write the fields of `to_pyg` as a plain dict of tensors.
+
+        Read it with ``Data.from_dict(torch.load(path, weights_only=True))``: no code runs on loading.
+        """
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(self.to_pyg(encodings).to_dict(), buffer)
+        storage.write_atomic(path, buffer.getvalue())
+
+
+def _from_tensors(tensors: dict[str, Tensor], config: dict[str, Any], metrics: dict[str, Any]) -> SyntheticTAG:
+    x = tensors["token_embeds"].float()
+    if "token_scales" in tensors:
+        x = x * tensors["token_scales"].unsqueeze(-1)
+    mask = tensors["mask"].long() if "mask" in tensors else None
+    return SyntheticTAG(x, tensors["labels"], mask, json.loads(json.dumps(config)), metrics)
