@@ -92,7 +92,7 @@ def _table(columns: dict[str, list[str]]) -> pa.Table:
 
 
 def _edges(program: Program, definitions: Sequence[Namespace], nodes: Set[Namespace]) -> list[tuple[str, str]]:
-    """Sorted pairs of node ids: (member, its class), (class or method, its base), (user, used).
+    """Sorted pairs of node ids: (member, its class), (method, what it overrides), (user, used).
 
     A pair that is linked in several ways has the direction of the first of them.
     """
@@ -106,10 +106,8 @@ def _edges(program: Program, definitions: Sequence[Namespace], nodes: Set[Namesp
         for found in definitions:
             yield found, found.parent
         for found in definitions:
-            bases = program.bases(found)
-            yield from ((found, base) for base in bases)
-            for name, method in found.members.items():
-                yield from ((method, program.member(base, name)) for base in bases)
+            for base in program.bases(found):
+                yield from ((method, program.member(base, name)) for name, method in found.members.items())
         for found in definitions:
             yield from ((found, used) for used in program.references(found))
             yield from ((found, named) for named in _mentions(program, found))

@@ -282,7 +282,7 @@ class Program:
         return None
 
     def references(self, definition: Namespace) -> Iterator[Namespace]:
-        """Definitions that ``definition`` uses in its code (a class: outside its methods)."""
+        """Definitions that ``definition`` uses in its code (a class: its bases, and what is outside its methods)."""
         pending: list[ast.AST] = [definition.node]
         while pending:
             node = pending.pop()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 
 from talk_dist.config import StudentConfig
 from talk_dist.kernel.sntk import propagation, to_torch
@@ -41,6 +40,8 @@ class Student(nn.Module):
     """GCN, SAGE, SGC, APPNP or GAT over encodings of width ``in_dim`` with ``num_classes`` outputs."""
 
     def __init__(self, config: StudentConfig, in_dim: int, num_classes: int, seed: int):
+        from torch_geometric.nn import GATConv, GCNConv, SAGEConv  # takes seconds: not for `talk-dist --help`
+
         super().__init__()
         self.config, self.in_dim, self.num_classes = config, in_dim, num_classes
         kind, width, depth = config.kind, config.hidden, config.depth

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from sklearn.cluster import KMeans
 
 from talk_dist.errors import ConfigError
 from talk_dist.runtime.pool import TrainSample
@@ -57,6 +56,7 @@ def kcenter(features: np.ndarray, count: int, seed: int) -> np.ndarray:
     chosen = [int(np.argmin(np.linalg.norm(features - features.mean(0), axis=1)))]
     distance = np.linalg.norm(features - features[chosen[0]], axis=1)
     while len(chosen) < min(count, len(features)):
+        distance[chosen] = -1.0  # not again, even if every other row repeats a chosen one
         chosen.append(int(np.argmax(distance)))
         distance = np.minimum(distance, np.linalg.norm(features - features[chosen[-1]], axis=1))
     return np.array(chosen)
@@ -64,6 +64,8 @@ def kcenter(features: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def centres(features: np.ndarray, count: int, seed: int) -> np.ndarray:
     """k-means centres (count, d)."""
+    from sklearn.cluster import KMeans  # slow to import, seldom needed
+
     count = min(count, len(features))
     return np.asarray(KMeans(count, n_init=4, random_state=seed).fit(features).cluster_centers_)
 
