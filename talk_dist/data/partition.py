@@ -9,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -19,14 +18,22 @@ from talk_dist.errors import ConfigError, DataError
 METHODS = ("auto", "metis", "hash")
 METIS_EDGES = 50_000_000  # beyond this METIS needs tens of gigabytes
 METIS_NODES_PER_PART = 4  # below this its parts are empty or arbitrary
-METIS_COMMAND = [sys.executable, "-m", "talk_dist.data.partition"]  # followed by: folder of arrays, parts
+METIS_CHILD = """
+import sys
+import numpy, pymetis
+folder, parts = sys.argv[1:]
+graph = pymetis.CSRAdjacency(numpy.load(folder + "/indptr.npy"), numpy.load(folder + "/indices.npy"))
+cut, assignment = pymetis.part_graph(int(parts), graph, options=pymetis.Options(seed=0))
+numpy.save(folder + "/parts.npy", numpy.asarray(assignment, dtype=numpy.int32))
+"""  # a script, not a module of this package, whose import would bring torch
+METIS_COMMAND = [sys.executable, "-c", METIS_CHILD]  # followed by: folder of arrays, parts
 
 
 def symmetrise(src: np.ndarray, dst: np.ndarray, num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """CSR ``(indptr (N + 1,), indices (2E + N,))``, int64, of the undirected graph with one self-loop a node.
 
-    Repeats, directions and self-loops of the input do not matter. Columns ascend within a row. Peak memory is about
-    48 bytes for each edge of the input beside the input and the output.
+    Repeats, directions and self-loops of the input do not matter. Columns ascend within a row. Peak memory is
+    about 64 bytes for each edge of the input, with the output but without the input.
     """
     low, high = np.minimum(src, dst), np.maximum(src, dst)
     keys = (low * num_nodes + high)[low != high]
@@ -127,14 +134,6 @@ def _run_metis(indptr: np.ndarray, indices: np.ndarray, parts: int) -> np.ndarra
     return assignment.astype(np.int32)
 
 
-def _metis_child(folder: str, parts: int) -> None:
-    import pymetis
-
-    graph = pymetis.CSRAdjacency(np.load(f"{folder}/indptr.npy"), np.load(f"{folder}/indices.npy"))
-    _, assignment = pymetis.part_graph(parts, graph, options=pymetis.Options(seed=0))
-    np.save(f"{folder}/parts.npy", np.asarray(assignment, dtype=np.int32))
-
-
 def _fill_empty(assignment: np.ndarray, parts: int) -> np.ndarray:
     """METIS may leave parts empty: give each the last node of what is then the largest part."""
     sizes = np.bincount(assignment, minlength=parts)
@@ -216,7 +215,3 @@ def _rows(indptr: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> np.ndarr
 def edge_cut(indptr: np.ndarray, indices: np.ndarray, assignment: np.ndarray) -> int:
     """Undirected edges whose ends are in different parts."""
     return int((np.repeat(assignment, np.diff(indptr)) != assignment[indices]).sum()) // 2
-
-
-if __name__ == "__main__":
-    _metis_child(str(Path(sys.argv[1])), int(sys.argv[2]))

@@ -107,7 +107,9 @@ class PreparedTag:
             raise DataError(path, "is not a prepared TAG (no META.json); make one with `talk-dist prepare`")
         self.meta: dict[str, Any] = storage.read_json(storage.join(path, "META.json"))
         if self.meta.get("format") != FORMAT:
-            raise DataError(path, f"has format {self.meta.get('format')}, this version reads {FORMAT}; prepare it again")
+            raise DataError(
+                path, f"has format {self.meta.get('format')}, this version reads {FORMAT}; prepare it again"
+            )
 
     @property
     def num_parts(self) -> int:

@@ -65,7 +65,7 @@ def load_pretrained(load: Callable[..., T], name: str, **settings: Any) -> T:
             return load(checkpoint, local_files_only=True, **settings)
         except Exception as error:
             cause = error
-            tried.append(f"the hub's cache on this machine: not there ({_brief(error)})")
+            tried.append("the hub's cache on this machine: not there")
         obstacle = _hub_obstacle()
         if obstacle:
             tried.append(f"the Hugging Face hub: {obstacle}")

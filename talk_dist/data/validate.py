@@ -47,7 +47,7 @@ def validate(source: Source, use_split_column: bool = True) -> CheckedGraph:
     src, dst = _read_edges(source.edges, node_id, problems)
     where = f"{source.nodes.where}, column"
     if complete and "label" not in scan.broken:
-        if scan.rows and not classes:
+        if not classes:
             problems.append(f"{where} label: none of {scan.rows} nodes has one; label some (0, 1, … or a class name)")
         elif split is not None and not scan.unknown_splits:
             problems += absent_problems(
@@ -158,10 +158,6 @@ class _NodeScan:
                 if len(odd):
                     raise TypeError(f"has fractions ({show(odd.to_pylist())}); make it integers or strings")
             codes = column.cast(pa.int64()).fill_null(-1).to_numpy()
-            if (codes < -1).any():
-                raise TypeError(
-                    f"has labels below -1 ({show(np.unique(codes[codes < -1]).tolist())}); -1 is unlabelled"
-                )
             if not pa.types.is_null(kind):
                 self.label_kinds.add("integers")
         else:
@@ -188,12 +184,8 @@ class _NodeScan:
     def tell_blank_texts(self, node_id: pa.Array | None, problems: list[str]) -> None:
         rows = np.concatenate(self.blank_texts) if self.blank_texts else np.zeros(0, np.int64)
         if len(rows):
-            first = pa.array(rows[:6])
-            which = (
-                f"rows {show(rows[:6].tolist())}"
-                if node_id is None
-                else f"node_id {show(node_id.take(first).to_pylist())}"
-            )
+            ids = None if node_id is None else node_id.take(pa.array(rows[:6])).to_pylist()
+            which = f"rows {show(rows.tolist())}" if ids is None else f"node_id {show(ids)}"
             what = f"{len(rows)} texts are empty or null ({which})"
             problems.append(f"{self.table.where}, column text: {what}; write a text or drop the node")
 
@@ -207,6 +199,10 @@ class _NodeScan:
         if names:
             rank = {name: i for i, name in enumerate(sorted(names))}
             return np.array([*map(rank.__getitem__, names), -1], dtype=np.int32)[codes], list(rank)
+        odd = codes[codes < -1]
+        if len(odd):
+            what = f"{len(odd)} nodes have labels below -1 ({show(np.unique(odd).tolist())}); -1 is unlabelled"
+            problems.append(f"{self.table.where}, column label: {what}")
         values = np.unique(codes[codes >= 0])
         label = np.where(codes >= 0, np.searchsorted(values, codes), -1).astype(np.int32)
         return label, self._class_names([str(v) for v in values.tolist()], problems)

@@ -1,0 +1,388 @@
+"""Every bad input is one DataError that names file, column, offending values and the remedy."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch_geometric.data import Data
+
+from talk_dist.data.prepare import prepare
+from talk_dist.data.tables import Source, from_arrow, from_ogb, from_pyg, open_tables
+from talk_dist.data.validate import validate
+from talk_dist.errors import DataError
+
+GOOD_NODES: dict[str, list[Any]] = {
+    "node_id": [10, 11, 12, 13, 14, 15],
+    "text": ["red", "green", "blue", "red red", "green green", "blue blue"],
+    "label": [0, 1, 2, 0, 1, 2],
+    "split": ["train", "train", "train", "val", "test", ""],
+}
+GOOD_EDGES: dict[str, list[Any]] = {"src": [10, 11], "dst": [12, 13]}
+
+
+def message_of(source: Source, **settings: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        validate(source, **settings)
+    return str(caught.value)
+
+
+def parquet(folder: Path, nodes: dict[str, Any] | pa.Table, edges: dict[str, Any] | pa.Table = GOOD_EDGES) -> Source:
+    for name, columns in (("nodes", nodes), ("edges", edges)):
+        pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), folder / f"{name}.parquet")
+    return open_tables(folder / "nodes.parquet", folder / "edges.parquet")
+
+
+def csv(folder: Path, nodes: dict[str, Any], edges: dict[str, Any] = GOOD_EDGES) -> Source:
+    for name, columns in (("nodes", nodes), ("edges", edges)):
+        pacsv.write_csv(pa.table(columns), folder / f"{name}.csv")
+    return open_tables(folder / "nodes.csv", folder / "edges.csv")
+
+
+def test_the_good_tables_are_good(tmp_path: Path) -> None:
+    for make in (parquet, csv):
+        graph = validate(make(tmp_path, GOOD_NODES))
+        assert graph.classes == ["0", "1", "2"]
+        assert graph.src.tolist() == [0, 1]
+        assert graph.dst.tolist() == [2, 3]
+        assert graph.split is not None
+        assert graph.split.tolist() == [0, 0, 0, 1, 2, -1]
+
+
+def without(column: str) -> dict[str, list[Any]]:
+    return {name: values for name, values in GOOD_NODES.items() if name != column}
+
+
+# what is changed in the good tables → what the message must contain, beside the file
+BAD_NODES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "no text column": (without("text"), ["missing column text", "'node_id'", "add or rename"]),
+    "no id column": (without("node_id"), ["missing column node_id", "add or rename"]),
+    "no label column": (without("label"), ["missing column label", "add or rename"]),
+    "duplicate ids": ({"node_id": [10, 11, 12, 13, 10, 11]}, ["column node_id", "2 ids", "10, 11", "drop the dup"]),
+    "empty texts": ({"text": ["a", "", " \t\n", None, "b", "c"]}, ["column text", "3 texts", "11, 12, 13", "drop the"]),
+    "unknown splits": (
+        {"split": ["train", "train", "train", "dev", "dev", "holdout"]},
+        ["column split", "3 unknown", "'dev', 'holdout'", "use train, val, test"],
+    ),
+    "class absent from training": (
+        {"split": ["train", "val", "train", "val", "test", ""]},
+        ["column split", "1 of 3 classes", "'1'", "unlabel or merge"],
+    ),
+    "nobody trains": ({"split": ["val"] * 6}, ["column split", "3 of 3 classes", "'0', '1', '2'", "use_split_column"]),
+    "no labels": ({"label": [-1] * 6}, ["column label", "none of 6", "label some"]),
+    "labels below -1": ({"label": [0, 1, 2, -7, -100, 2]}, ["column label", "2 nodes", "-100, -7", "-1 is unlabelled"]),
+    "two names of a label": (
+        {"label_name": ["a", "b", "c", "z", "b", "c"]},
+        ["column label_name", "'0: a, z'", "one name"],
+    ),
+    "one name of two labels": ({"label_name": ["a", "a", "c", "a", "a", "c"]}, ["column label_name", "'a'", "rename"]),
+}
+BAD_TYPES: dict[str, tuple[dict[str, Any], list[str]]] = {  # CSV has no types to be wrong
+    "float ids": ({"node_id": [0.5, 1, 2, 3, 4, 5]}, ["column node_id", "double", "integers or strings"]),
+    "null ids": ({"node_id": [10, None, 12, 13, 14, 15]}, ["column node_id", "row 1", "give every node an id"]),
+    "texts are numbers": ({"text": [1, 2, 3, 4, 5, 6]}, ["column text", "int64", "make it strings"]),
+    "fractional labels": ({"label": [0.5, 1.0, 2.0, 0.0, 1.0, 2.5]}, ["column label", "0.5, 2.5", "integers or str"]),
+    "labels are lists": ({"label": [[0]] * 6}, ["column label", "list", "integers"]),
+    "splits are numbers": ({"split": [0, 0, 0, 1, 2, 0]}, ["column split", "int64", "train, val, test"]),
+    "text is not UTF-8": (
+        {
+            "text": pa.Array.from_buffers(
+                pa.string(), 6, pa.array([b"a", b"\xff\xfe", b"c", b"d", b"e", b"f"]).buffers()
+            )
+        },
+        ["column text", "not valid UTF-8", "write the texts again"],
+    ),
+}
+
+
+def check_nodes(make: Callable[..., Source], folder: Path, changed: dict[str, Any], contains: list[str]) -> None:
+    nodes = changed if len(changed) > 2 else GOOD_NODES | changed
+    message = message_of(make(folder, nodes))
+    for part in [str(folder / "nodes."), *contains]:
+        assert part in message, message
+    assert "problems" not in message, message  # this one and no other
+
+
+@pytest.mark.parametrize("make", [parquet, csv])
+@pytest.mark.parametrize("case", BAD_NODES)
+def test_bad_node_table(tmp_path: Path, make: Callable[..., Source], case: str) -> None:
+    check_nodes(make, tmp_path, *BAD_NODES[case])
+
+
+@pytest.mark.parametrize("case", BAD_TYPES)
+def test_bad_type_in_the_node_table(tmp_path: Path, case: str) -> None:
+    check_nodes(parquet, tmp_path, *BAD_TYPES[case])
+
+
+@pytest.mark.parametrize("make", [parquet, csv])
+@pytest.mark.parametrize(
+    ("edges", "contains"),
+    [
+        (
+            {"src": [10, 99, 98, 99], "dst": [11, 12, 13, 14]},
+            ["column src", "3 edges", "2 ids", "99, 98", "drop the edges"],
+        ),
+        ({"source": [10], "target": [11]}, ["missing columns src, dst", "'source', 'target'", "add or rename"]),
+    ],
+)
+def test_bad_edge_table(
+    tmp_path: Path, make: Callable[..., Source], edges: dict[str, list[int]], contains: list[str]
+) -> None:
+    message = message_of(make(tmp_path, GOOD_NODES, edges))
+    for part in [str(tmp_path / "edges."), *contains]:
+        assert part.replace("99, 98", "'99', '98'" if make is csv else "99, 98") in message, message
+    assert "problems" not in message
+
+
+@pytest.mark.parametrize(
+    ("edges", "contains"),
+    [
+        ({"src": ["10"], "dst": ["11"]}, ["column src", "is string", "node_id is int64", "both integers or both"]),
+        ({"src": [10.0], "dst": [11.0]}, ["column src", "is double", "both integers or both"]),
+        ({"src": [10, None], "dst": [11, 12]}, ["column src", "1 edges", "null", "drop the edges"]),
+        ({"src": pa.array([2**64 - 1], pa.uint64()), "dst": [11]}, ["column src", "signed 64-bit"]),
+    ],
+)
+def test_edges_of_another_type_than_the_ids(tmp_path: Path, edges: dict[str, Any], contains: list[str]) -> None:
+    message = message_of(parquet(tmp_path, GOOD_NODES, edges))
+    for part in [str(tmp_path / "edges.parquet"), *contains]:
+        assert part in message, message
+
+
+def test_only_the_first_five_values_are_listed(tmp_path: Path) -> None:
+    message = message_of(parquet(tmp_path, GOOD_NODES, {"src": range(100, 120), "dst": [10] * 20}))
+    assert "20 edges end at 20 ids that no node has (100, 101, 102, 103, 104, …)" in message
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    nodes = GOOD_NODES | {
+        "node_id": [10, 10, 12, 13, 14, 15],
+        "text": ["", "b", "c", "d", "e", None],
+        "split": ["train", "train", "train", "dev", "", ""],
+        "label": [0, 1, 2, -5, 1, 2],
+    }
+    source = parquet(tmp_path, nodes, {"src": [10, 7], "dst": [8, 12]})
+    with pytest.raises(DataError) as caught:
+        prepare(source, tmp_path / "out")
+    problems = caught.value.problems
+    for part in ("column node_id", "column text", "column split", "column label:", "column src", "column dst"):
+        assert sum(part in problem for problem in problems) == 1, part
+    assert len(problems) == 6
+    assert "6 problems" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_tables_missing_are_two_problems_of_one_error(tmp_path: Path) -> None:
+    message = message_of(open_tables(tmp_path / "nodes.parquet", tmp_path / "edges.parquet"))
+    for name in ("nodes.parquet", "edges.parquet"):
+        assert f"{tmp_path / name}: no such file or folder; check the path" in message
+
+
+@pytest.mark.parametrize("size", [0, 0.5, 0.99])
+def test_parquet_that_was_cut_short(tmp_path: Path, size: float) -> None:
+    source = parquet(tmp_path, GOOD_NODES)
+    data = (tmp_path / "nodes.parquet").read_bytes()
+    (tmp_path / "nodes.parquet").write_bytes(data[: int(len(data) * size)])
+    message = message_of(source)
+    assert re.search(r"nodes\.parquet: cannot be read \(.+\); it is cut short or damaged: copy", message), message
+
+
+def test_parquet_with_damage_in_the_middle(tmp_path: Path) -> None:
+    texts = [f"text {i} {'x' * 200}" for i in range(5000)]
+    nodes = pa.table({"node_id": range(5000), "text": texts, "label": [0] * 5000})
+    pq.write_table(nodes, tmp_path / "nodes.parquet", compression="gzip", use_dictionary=False)
+    data = bytearray((tmp_path / "nodes.parquet").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 400] = bytes(400)
+    (tmp_path / "nodes.parquet").write_bytes(bytes(data))
+    assert "cut short or damaged" in message_of(open_tables(tmp_path / "nodes.parquet", None))
+
+
+def test_csv_that_is_no_csv(tmp_path: Path) -> None:
+    (tmp_path / "nodes.csv").write_text("node_id,text,label\n1,a,0\n2,b\n")
+    assert re.search(
+        r"nodes\.csv: cannot be read .*Expected 3 columns", message_of(open_tables(tmp_path / "nodes.csv", None))
+    )
+    (tmp_path / "empty.csv").write_text("")
+    assert "cut short" in message_of(open_tables(tmp_path / "empty.csv", None))
+    whole = gzip.compress(b"node_id,text,label\n" + b"".join(b"%d,text %d,0\n" % (i, i * i) for i in range(9999)))
+    (tmp_path / "half.csv.gz").write_bytes(whole[: len(whole) // 2])
+    assert "cut short" in message_of(open_tables(tmp_path / "half.csv.gz", None))
+
+
+def test_folder_without_tables_and_unknown_kinds_of_file(tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    assert "found nothing" in message_of(open_tables(tmp_path / "nodes", None))
+    (tmp_path / "nodes" / "a.parquet").write_text("")
+    (tmp_path / "nodes" / "b.csv").write_text("")
+    assert re.search(r"found a\.parquet, b\.csv.*unmixed", message_of(open_tables(tmp_path / "nodes", None)))
+    (tmp_path / "nodes.xlsx").write_text("")
+    assert re.search(r"nodes\.xlsx.*give \.parquet, \.csv", message_of(open_tables(tmp_path / "nodes.xlsx", None)))
+
+
+def test_folder_whose_files_disagree(tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    pq.write_table(pa.table(GOOD_NODES), tmp_path / "nodes" / "a.parquet")
+    pq.write_table(pa.table(GOOD_NODES | {"node_id": list("abcdef")}), tmp_path / "nodes" / "b.parquet")
+    message = message_of(open_tables(tmp_path / "nodes", None))
+    assert "column node_id: is integers in one file and strings in another" in message
+    pq.write_table(pa.table(without("text")), tmp_path / "nodes" / "b.parquet")
+    assert "missing column text" in message_of(open_tables(tmp_path / "nodes", None))
+
+
+def test_table_without_rows(tmp_path: Path) -> None:
+    empty = pa.table(
+        {"node_id": pa.array([], pa.int64()), "text": pa.array([], pa.string()), "label": pa.array([], pa.int32())}
+    )
+    assert "nodes.parquet: has no rows" in message_of(parquet(tmp_path, empty))
+
+
+def test_random_split_that_leaves_a_class_out_of_training(tmp_path: Path) -> None:
+    nodes = {"node_id": range(40), "text": ["t"] * 40, "label": ["common"] * 39 + ["rare"]}
+    source = from_arrow(pa.table(nodes), None)
+    messages = []
+    for seed in range(8):
+        try:
+            prepare(source, tmp_path / str(seed), split_seed=seed)
+        except DataError as error:
+            messages.append(str(error))
+            assert not (tmp_path / str(seed)).exists()
+    assert 0 < len(messages) < 8  # of a probability of 0.4 each
+    assert re.search(r"nodes table, column label: 1 of 2 classes .*'rare'.*try another split_seed", messages[0])
+
+
+def pyg(**changed: Any) -> Data:
+    mask = torch.tensor([True, True, True, False, False, False])
+    good = {
+        "text": list(GOOD_NODES["text"]),
+        "y": torch.tensor([0, 1, 2, 0, 1, 2]),
+        "edge_index": torch.tensor([[0, 1], [2, 3]]),
+        "train_mask": mask,
+        "val_mask": ~mask,
+    }
+    return Data(**{key: value for key, value in (good | changed).items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("changed", "contains"),
+    [
+        ({"text": None}, ["attribute text: missing", "list of strings"]),
+        ({"y": None}, ["attribute y: missing", "set data.y"]),
+        ({"edge_index": None, "adj_t": "sparse"}, ["attribute edge_index", "only adj_t", "set data.edge_index"]),
+        ({"y": torch.zeros(6, 3)}, ["attribute y", "(6, 3)", "choose one column"]),
+        ({"train_mask": torch.ones(6, 10, dtype=torch.bool)}, ["attribute train_mask", "(6, 10)", "choose one"]),
+        ({"text": ["a", "b"]}, ["attribute y", "6 rows for 2 texts"]),
+        ({"val_mask": torch.ones(6, dtype=torch.bool)}, ["masks", "3 nodes", "train and val", "0, 1, 2", "one split"]),
+    ],
+)
+def test_bad_pyg_data(changed: dict[str, Any], contains: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        validate(from_pyg(pyg(**changed), name="toy"))
+    for part in ["toy", *contains]:
+        assert part in str(caught.value)
+
+
+def test_masks_that_overlap_do_not_matter_when_they_are_not_used() -> None:
+    source = from_pyg(pyg(val_mask=torch.ones(6, dtype=torch.bool)))
+    assert validate(source, use_split_column=False).split is None
+
+
+def test_bad_ogb_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        from_ogb(tmp_path / "ogbn_arxiv")
+    assert len(caught.value.problems) == 7
+    for name in ("edge.csv.gz", "node-label.csv.gz", "valid.csv.gz", "nodeidx2paperid.csv.gz", "titleabs.tsv.gz"):
+        assert name in str(caught.value)
+    root = write_ogb(tmp_path / "ogbn_arxiv", splits={"train": [0, 1, 2], "valid": [2, 3], "test": [4]})
+    message = message_of(from_ogb(root))
+    assert re.search(r"split/time/\*\.csv\.gz: 1 nodes are in both train and val \(2\)", message), message
+    write_ogb(root, splits={"train": [0, 1, 2], "valid": [3], "test": [4, 77]})
+    with pytest.raises(DataError, match="rows up to 77, beyond the 6 nodes"):
+        from_ogb(root)
+    write_ogb(root, papers=[100, 101, 102, 103, 104, 999])
+    assert re.search(r"column text: 1 texts are empty or null \(node_id 5\)", message_of(from_ogb(root)))
+
+
+def write_ogb(root: Path, splits: dict[str, list[int]] | None = None, papers: list[int] | None = None) -> Path:
+    """ogbn-arxiv in small, with the tar header and the repeats that its texts have."""
+    papers = papers or [100, 101, 102, 103, 104, 105]
+    files = {
+        "raw/edge.csv.gz": "0,2\n1,3\n",
+        "raw/node-label.csv.gz": "0\n1\n2\n0\n1\nnan\n",
+        "mapping/nodeidx2paperid.csv.gz": "node idx,paper id\n" + "".join(f"{i},{p}\n" for i, p in enumerate(papers)),
+        "titleabs.tsv.gz": 'titleabs.tsv\x00\x00000644\x00ustar\x00105\tLast\tcomes "first\n7\tUnknown\tpaper\n'
+        + "".join(f"{100 + i}\tTitle {i}\tAbstract {i}\n" for i in range(5))
+        + "100\tTitle again\tAbstract again\n\x00\x00\x00\x00\n",
+    }
+    for name, rows in (splits or {"train": [0, 1, 2], "valid": [3], "test": [4]}).items():
+        files[f"split/time/{name}.csv.gz"] = "".join(f"{row}\n" for row in rows)
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(gzip.compress(content.encode()))
+    return root
+
+
+def test_good_ogb_folder(tmp_path: Path) -> None:
+    source = from_ogb(write_ogb(tmp_path / "ogbn_arxiv"))
+    rows = [row for batch in source.node_batches() for row in batch.to_pylist()]
+    assert rows[0] == {"node_id": 5, "text": 'Last. comes "first', "label": -1, "split": ""}
+    assert [row["text"] for row in rows[1:]] == [f"Title {i}. Abstract {i}" for i in range(5)]
+    graph = validate(source)
+    assert graph.label.tolist() == [-1, 0, 1, 2, 0, 1]
+    assert graph.split is not None
+    assert graph.split.tolist() == [-1, 0, 0, 0, 1, 2]
+    assert graph.node_id.take(pa.array(graph.src)).to_pylist() == [0, 1]
+    assert graph.node_id.take(pa.array(graph.dst)).to_pylist() == [2, 3]
+
+
+def test_good_pyg_data() -> None:
+    graph = validate(from_pyg(pyg(y=torch.tensor([[0], [1], [2], [0], [-1], [2]]))))
+    assert graph.label.tolist() == [0, 1, 2, 0, -1, 2]
+    assert graph.split is not None
+    assert graph.split.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (graph.src.tolist(), graph.dst.tolist()) == ([0, 1], [2, 3])
+    assert graph.text_bytes == sum(len(text) for text in GOOD_NODES["text"])
+
+
+def test_labels_of_every_kind_mean_the_same(tmp_path: Path) -> None:
+    kinds: dict[str, tuple[Any, list[str]]] = {
+        "integers": ([5, -1, 30, 5, -1, 30], ["5", "30"]),  # numeric order, gaps closed
+        "floats with holes": ([5.0, None, 30.0, 5.0, float("nan"), 30.0], ["5", "30"]),
+        "strings": (["ant", "", "bee", "ant", None, "bee"], ["ant", "bee"]),
+        "categories": (pa.array(["ant", "", "bee", "ant", None, "bee"]).dictionary_encode(), ["ant", "bee"]),
+    }
+    for label, classes in kinds.values():
+        graph = validate(from_arrow(pa.table(GOOD_NODES | {"label": label, "split": [""] * 6}), None))
+        assert graph.classes == classes
+        assert graph.label.tolist() == [0, -1, 1, 0, -1, 1]
+        assert graph.label.dtype == np.int32
+    named = GOOD_NODES | {"label": [5, -1, 30, 5, -1, 30], "label_name": ["ant", "x", "bee", "", "y", "bee"]}
+    for make in (parquet, csv):
+        assert validate(make(tmp_path, named), use_split_column=False).classes == ["ant", "bee"]
+
+
+def test_csv_ids_are_integers_only_if_all_of_them_are(tmp_path: Path) -> None:
+    graph = validate(csv(tmp_path, GOOD_NODES))
+    assert graph.node_id.type == pa.int64()
+    ids = ["007", "7", "a", "b", "c", "d"]  # 007 is not 7
+    graph = validate(csv(tmp_path, GOOD_NODES | {"node_id": ids}, {"src": ["007"], "dst": ["7"]}))
+    assert graph.node_id.to_pylist() == ids
+    assert (graph.src.tolist(), graph.dst.tolist()) == ([0], [1])
+
+
+def test_table_that_changes_between_its_two_readings(tmp_path: Path) -> None:
+    source = from_arrow(pa.table(GOOD_NODES), None)
+    readings = iter([pa.table(GOOD_NODES), pa.table(GOOD_NODES).slice(0, 4)])
+    nodes = replace(source.nodes, batches=lambda wanted: iter(next(readings).select(list(wanted)).to_batches()))
+    with pytest.raises(DataError, match=r"nodes table.*changed while it was being prepared"):
+        prepare(replace(source, nodes=nodes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
