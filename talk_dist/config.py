@@ -69,7 +69,7 @@ class KernelConfig:
     """Diagonal of the propagated kernel: summed over pairs of neighbours, or the paper's approximation."""
     degree_cap: int = 512
     """Nodes with a larger receptive field take linear norms."""
-    ridge: float = 1e-3
+    ridge: float = 0.1
     """Relative to the mean diagonal of the synthetic kernel."""
     precision: Literal["float32", "float64"] = "float32"
     """Number format of the kernel blocks; the solve is always in float64."""
@@ -115,15 +115,15 @@ class SyntheticConfig:
 class TwoStageConfig:
     """`synthetic.init: two-stage`: first the encodings, then the tokens that produce them."""
 
-    feature_steps: int = 60
+    feature_steps: int = 120
     """Adam steps on the encodings themselves; no encoder pass is needed."""
     feature_lr: float = 1e-2
     """Step size relative to the root mean square of the encodings."""
-    token_steps: int = 120
+    token_steps: int = 240
     """Adam steps on the token embeddings, mean squared error to the optimised encodings."""
-    token_lr: float = 3e-3
+    token_lr: float = 1e-2
     """Step size of the token embeddings."""
-    validate_every: int = 10
+    validate_every: int = 20
     """Validate the kernel predictor each so many feature steps and keep the best encodings."""
 
     def __post_init__(self) -> None:
@@ -200,7 +200,7 @@ class OuterConfig:
     """Learning rate of learned labels."""
     weight_decay: float = 0.0
     """AdamW weight decay of the token embeddings."""
-    loss: Literal["mse", "ce"] = "ce"
+    loss: Literal["mse", "ce"] = "mse"
     """Squared error (the paper's) or cross-entropy with a learned temperature."""
     temperature_lr: float = 0.05
     """Learning rate of the log temperature."""

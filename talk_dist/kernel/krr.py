@@ -26,6 +26,7 @@ class DualSolution:
 
     dual: Tensor  # (M, C) float64
     factor: Tensor  # (M, M) lower Cholesky factor of A
+    ridge: float  # with the jitter that was needed
 
 
 def dual_coefficients(k_ss: Tensor, y_s: Tensor, ridge: float) -> DualSolution:
@@ -41,7 +42,7 @@ def dual_coefficients(k_ss: Tensor, y_s: Tensor, ridge: float) -> DualSolution:
         if int(info) == 0 and bool(torch.isfinite(factor).all()):
             if jitter:
                 warnings.warn(f"K_ss needed a jitter of {jitter:g} times its mean diagonal", stacklevel=2)
-            return DualSolution(torch.cholesky_solve(y_s, factor), factor)
+            return DualSolution(torch.cholesky_solve(y_s, factor), factor, ridge + jitter)
     raise NotPSDError(
         f"the kernel of the {len(k_ss)} synthetic nodes is not positive definite with ridge {ridge:g} and jitter "
         f"{JITTERS[-1]:g} (mean diagonal {float(mean_diagonal):.3g}); raise kernel.ridge or lower outer.lr"
@@ -80,7 +81,7 @@ def loss_scale(kind: str, num_rows: int, num_classes: int) -> float:
 
 
 def complete_gradient(
-    h_s: Tensor, solution: DualSolution, d_dual: Tensor, d_hs: Tensor, ridge: float, hops: int, layers: int
+    h_s: Tensor, solution: DualSolution, d_dual: Tensor, d_hs: Tensor, hops: int, layers: int
 ) -> tuple[Tensor, Tensor]:
     """The gradient with respect to h_s (M, d) and y_s (M, C), from what the shards summed.
 
@@ -89,7 +90,7 @@ def complete_gradient(
     """
     d_labels = torch.cholesky_solve(d_dual.double(), solution.factor)
     g_a = -d_labels @ solution.dual.T
-    g_k = g_a + (ridge / len(h_s)) * g_a.trace() * torch.eye(len(h_s), dtype=g_a.dtype, device=g_a.device)
+    g_k = g_a + (solution.ridge / len(h_s)) * g_a.trace() * torch.eye(len(h_s), dtype=g_a.dtype, device=g_a.device)
     leaf = h_s.detach().double().requires_grad_()
     (through_kernel,) = torch.autograd.grad(synthetic_kernel(leaf, hops, layers), leaf, g_k)
     return d_hs.double() + through_kernel, d_labels

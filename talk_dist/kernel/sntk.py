@@ -99,13 +99,15 @@ def kernel_block(
 def synthetic_kernel(h_s: Tensor, hops: int, layers: int = 1) -> Tensor:
     """Kernel of the synthetic nodes with themselves (M, M): symmetric, positive semi-definite.
 
-    With the identity as propagation the diagonal never changes, so every hop has the same norms.
+    With the identity as propagation the diagonal never changes, so every hop has the same norms. The correlation
+    of a node with itself is one: computed, its rounding would cost half of the digits (arccos is steep there).
     """
     m = torch.linalg.vector_norm(h_s, dim=1)
     sigma = theta = h_s @ h_s.T
     scale = torch.outer(m, m).clamp_min(_TINY)
+    itself = torch.eye(len(h_s), dtype=torch.bool, device=h_s.device)
     for _ in range(hops * layers):
-        k0, k1 = arc_cosine(sigma / scale)
+        k0, k1 = arc_cosine((sigma / scale).masked_fill(itself, 1.0))
         sigma = k1 * scale
         theta = theta * k0 + sigma
     return (theta + theta.T) / 2

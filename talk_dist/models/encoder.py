@@ -24,6 +24,7 @@ from talk_dist.errors import ConfigError
 
 # What transformers calls query, key and value projections in the usual architectures.
 ATTENTION_NAMES = {"query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "Wqkv", "c_attn"}
+ATTENTION_NAMES |= {"q", "k", "v", "query_proj", "key_proj", "value_proj"}
 Adapters = dict[str, np.ndarray]
 
 
@@ -34,7 +35,7 @@ class TextEncoder:
         from transformers import AutoModel
 
         self.config = config
-        self.device = torch.device(_device(config.device))
+        self.device = torch.device(pick_device(config.device))
         self.model: nn.Module = load_pretrained(AutoModel.from_pretrained, config.name, dtype=torch.float32)
         self.model.requires_grad_(False)
         self.pooling = _pooling(config)
@@ -42,7 +43,7 @@ class TextEncoder:
         if config.adapters:
             self._add_adapters()
         self.model.to(self.device).eval()
-        self.autocast = _bfloat16(config.precision, self.device)
+        self.autocast = bfloat16(config.precision, self.device)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -75,7 +76,7 @@ class TextEncoder:
         leaves = {name.rsplit(".", 1)[-1] for name, module in self.model.named_modules() if not list(module.children())}
         targets = set(self.config.targets) or leaves & ATTENTION_NAMES
         if not targets or not targets <= leaves:
-            missing = sorted(targets - leaves) or "no query, key or value projection"
+            missing = str(sorted(targets - leaves)) if targets else "query, key and value projections"
             raise ConfigError(f"encoder.targets: {missing} not found in {self.config.name!r}; it has {sorted(leaves)}")
         lora = LoraConfig(
             r=self.config.rank,
@@ -209,7 +210,8 @@ def _seed(seed: int | None, rows: slice) -> int | None:
     return None if seed is None else seed + rows.start
 
 
-def _device(name: str) -> str:
+def pick_device(name: str) -> str:
+    """The torch device that the setting ``name`` means here. Raises ConfigError for a GPU that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -217,7 +219,8 @@ def _device(name: str) -> str:
     return name
 
 
-def _bfloat16(precision: str, device: torch.device) -> bool:
+def bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether encoder passes run under bfloat16 autocast on ``device``."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":

@@ -13,10 +13,14 @@ from talk_dist.models.encoder import Adapters, TextEncoder
 
 
 class EncodingCache:
-    """One file a partition and encoder; the name holds what the numbers depend on."""
+    """One file a partition and encoder; the name holds what the numbers depend on.
 
-    def __init__(self, path: str, part: int):
-        self.path, self.part = path, part
+    ``texts`` is the sha256 hex of the partition's nodes.parquet: a store without rename keeps the old encodings
+    when the graph is prepared again.
+    """
+
+    def __init__(self, path: str, part: int, texts: str):
+        self.path, self.part, self.texts = path, part, texts
 
     @staticmethod
     def version(adapters: Adapters) -> str:
@@ -29,7 +33,7 @@ class EncodingCache:
 
     def get(self, encoder: TextEncoder, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """The cached encodings (n, d) float32, or computed now and kept."""
-        name = f"encodings/{encoder.fingerprint[:16]}-part-{self.part:05d}.npy"
+        name = f"encodings/{encoder.fingerprint[:16]}-{self.texts[:16]}-part-{self.part:05d}.npy"
         uri = storage.join(self.path, name)
         if storage.exists(uri):
             return np.asarray(np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False))

@@ -49,7 +49,6 @@ class Objective:
             solution,
             scale * torch.from_numpy(sums.d_dual),
             scale * torch.from_numpy(sums.d_hs),
-            kernel.ridge,
             kernel.hops,
             kernel.layers,
         )

@@ -115,7 +115,8 @@ class Shard:
         self.labels = torch.from_numpy(part.label.astype(np.int64))
         self._propagation = propagation(part.indptr, part.indices, part.degree, spec.kernel.propagation)
         self._depth = np.concatenate([np.zeros(part.num_own, np.int8), part.halo_depth])
-        self._cache = EncodingCache(spec.path, spec.part) if spec.cache else None
+        texts = tag.meta["parts"][spec.part]["files"]["nodes.parquet"]["sha256"]
+        self._cache = EncodingCache(spec.path, spec.part, texts) if spec.cache else None
         self._fields: dict[str, np.ndarray] = {}  # name -> (own + halo, width)
         self._encoded_with: str | None = None
         self._chunks: dict[tuple[str, int], list[_Chunk]] = {}

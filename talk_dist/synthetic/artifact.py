@@ -82,8 +82,11 @@ class SyntheticTAG:
             raise DataError(str(path), f"is no synthetic TAG (no {CONFIG}); `talk-dist distill` makes one")
         try:
             tensors = load_safetensors(storage.read_bytes(storage.join(path, TENSORS)))
+            missing = {"token_embeds", "labels"} - tensors.keys()
         except SafetensorError as error:
             raise DataError(str(path), f"{TENSORS} cannot be read ({error}); distil or copy it again") from error
+        if missing:
+            raise DataError(str(path), f"{TENSORS} has no {' and no '.join(sorted(missing))}; distil or copy it again")
         config, metrics = (storage.read_json(storage.join(path, name)) for name in (CONFIG, METRICS))
         return _from_tensors(tensors, config, metrics)
 

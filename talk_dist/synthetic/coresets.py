@@ -96,3 +96,12 @@ def select(sample: TrainSample, counts: np.ndarray, method: str, seed: int) -> n
         picked = METHODS[method](sample.features[rows].astype(np.float64), int(count), seed)
         chosen.append(rows[np.resize(picked, count)])
     return np.concatenate(chosen)
+
+
+def class_centres(sample: TrainSample, counts: np.ndarray, seed: int) -> np.ndarray:
+    """Class-wise k-means centres of the sampled features (M, d), in the order of `select`."""
+    found = []
+    for label, count in enumerate(counts):
+        rows = centres(sample.features[sample.label == label].astype(np.float64), int(count), seed)
+        found.append(rows[np.resize(np.arange(len(rows)), count)])
+    return np.concatenate(found).astype(np.float32)

@@ -20,7 +20,7 @@ from talk_dist.runtime.outer import Objective, student_accuracy
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
 from talk_dist.runtime.pool import ShardPool
-from talk_dist.synthetic.coresets import allocate, select
+from talk_dist.synthetic.coresets import allocate, class_centres, select
 
 SAMPLE_PER_NODE = 512  # sampled training rows per synthetic node, at least: bounds the driver's memory
 SAMPLE_MINIMUM = 4096
@@ -52,7 +52,7 @@ def initialise(pool: ShardPool, encoder: TextEncoder, config: DistillConfig, rep
     x_s = embed(encoder, pool.tokens(sample.place[rows]), config.synthetic.tokens)
     if config.synthetic.init != "two-stage":
         return Start(x_s, y_s, Objective.initial_log_temperature)
-    start = torch.from_numpy(sample.features[rows])
+    start = torch.from_numpy(class_centres(sample, counts, config.seed))
     h_s, log_temperature = optimise_encodings(pool, start, y_s, config, report)
     return Start(fit_tokens(encoder, x_s, h_s, config, report), y_s, log_temperature)
 
@@ -80,15 +80,15 @@ def optimise_encodings(
             {"params": [log_temperature], "lr": config.outer.temperature_lr},
         ]
     )
-    best, best_accuracy = (h_s.detach().clone(), float(log_temperature)), -1.0
+    best, best_accuracy = (h_s.detach().clone(), log_temperature.item()), -1.0
     for step in range(settings.feature_steps + 1):
         if step % settings.validate_every == 0 or step == settings.feature_steps:
             student = Student(config.student, h_s.shape[1], y_s.shape[1], config.seed)
             fit_encodings(student, h_s.detach(), y_s, config.inner, seed=config.seed)
             accuracy = student_accuracy(pool, student, "val")
             if accuracy > best_accuracy:
-                best, best_accuracy = (h_s.detach().clone(), float(log_temperature)), accuracy
-        gradient = objective(h_s.detach(), y_s, float(log_temperature))
+                best, best_accuracy = (h_s.detach().clone(), log_temperature.item()), accuracy
+        gradient = objective(h_s.detach(), y_s, log_temperature.item())
         report("encodings", step, settings.feature_steps, {"loss": gradient.loss, "val": best_accuracy})
         h_s.grad = gradient.d_hs.to(h_s)
         log_temperature.grad = torch.tensor(gradient.d_log_temperature, dtype=torch.float64)

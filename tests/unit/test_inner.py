@@ -1,0 +1,227 @@
+"""The inner loop: what `fit` trains, what it keeps, and what its result depends on."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch.nn.functional import cross_entropy
+
+from talk_dist.config import InnerConfig, StudentConfig
+from talk_dist.models.gnn import Student, self_loops
+from talk_dist.models.inner import fit, fit_encodings, soft_labels, train
+
+M, C = 9, 3
+CALM = StudentConfig(hidden=16, dropout=0.0)
+KINDS = ["gcn", "sage", "sgc", "appnp", "gat"]
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    """x_s (M, T, d_tok) and y_s (M, C)."""
+    x_s = 0.3 * torch.randn(M, 4, 32, generator=torch.Generator().manual_seed(0))
+    return x_s, torch.eye(C).repeat(M // C, 1)
+
+
+@pytest.fixture
+def adapted(make_encoder):
+    return make_encoder(adapters=True, dropout=0.0)
+
+
+def training_loss(encoder, student, x_s, y_s):
+    with torch.no_grad():
+        return float(cross_entropy(student(encoder.encode_embeds(x_s), self_loops(M)), y_s))
+
+
+def state_of(student, encoder=None):
+    weights = {name: value.numpy().copy() for name, value in student.state_dict().items()}
+    return weights | (encoder.adapters() if encoder else {})
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+# -- students on synthetic nodes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_synthetic_nodes_only_see_themselves(kind):
+    """The logits of a node are the same whoever is beside it, and those of the dense student on the identity."""
+    student = Student(StudentConfig(kind=kind, hidden=16), 8, C, seed=0).eval()
+    h = torch.randn(M, 8, generator=torch.Generator().manual_seed(0))
+    logits = student(h, self_loops(M)).detach()
+    truth = reference.student(student, h.double(), torch.eye(M, dtype=torch.float64))
+    torch.testing.assert_close(logits.double(), truth, rtol=1e-4, atol=1e-5)
+    for i in range(M):
+        torch.testing.assert_close(student(h[i : i + 1], self_loops(1))[0].detach(), logits[i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_students_follow_from_their_seed(kind):
+    """And leave the global random state alone."""
+    state = torch.get_rng_state()
+    first = Student(StudentConfig(kind=kind, hidden=16), 8, C, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    again, other = (Student(StudentConfig(kind=kind, hidden=16), 8, C, seed=seed) for seed in (1, 2))
+    assert same(state_of(first), state_of(again))
+    assert not same(state_of(first), state_of(other))
+
+
+def test_soft_labels_are_probabilities():
+    """Negative entries cut, rows summing to one; a one-hot row is left as it is; a row without mass stays zero."""
+    y = torch.tensor([[0.0, 1.0, 0.0], [2.0, -1.0, 6.0], [-1.0, -2.0, -3.0]], dtype=torch.float64)
+    expected = torch.tensor([[0.0, 1.0, 0.0], [0.25, 0.0, 0.75], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(soft_labels(y), expected)
+
+
+# -- fit --------------------------------------------------------------------------------------------------
+
+
+def test_adapters_and_student_learn_together(adapted, synthetic):
+    """Adapters move, also the half that starts at zero; the loss falls; nothing else of the encoder changes."""
+    adapted.reset_adapters(0)
+    before, fingerprint = adapted.adapters(), adapted.fingerprint
+    student = Student(CALM, adapted.width, C, seed=0)
+    first = training_loss(adapted, student, *synthetic)
+    result = fit(adapted, student, *synthetic, InnerConfig(passes=12, adapter_lr=1e-2))
+    for name, value in adapted.adapters().items():
+        assert np.abs(value - before[name]).max() > 1e-3, name
+    assert result.loss < 0.5 * first
+    assert not student.training
+    assert not any(p.requires_grad for p in adapted.model.parameters())
+    del adapted.__dict__["fingerprint"]
+    assert adapted.fingerprint == fingerprint
+
+
+def test_adapters_help_beyond_the_student(adapted, make_encoder, synthetic):
+    """With the same student and passes a lower loss than with the frozen encoder: their gradient is of use."""
+    config = InnerConfig(passes=12, adapter_lr=1e-2)
+    losses = [
+        fit(encoder, Student(CALM, encoder.width, C, seed=0), *synthetic, config).loss
+        for encoder in (adapted, make_encoder())
+    ]
+    assert losses[0] < 0.9 * losses[1]
+
+
+def test_the_best_pass_is_what_remains(adapted, synthetic):
+    """With a step size that overshoots, the last pass is not the best: loss and state are those of the best."""
+    adapted.reset_adapters(0)
+    student = Student(CALM, adapted.width, C, seed=0)
+    result = fit(adapted, student, *synthetic, InnerConfig(passes=9, gnn_lr=0.3, adapter_lr=0.05))
+    assert training_loss(adapted, student, *synthetic) == pytest.approx(result.loss, rel=1e-4)
+    assert result.selected == -result.loss
+    losses = []  # the same run, one pass after another
+    for passes in range(1, 10):
+        adapted.reset_adapters(0)
+        fresh = Student(CALM, adapted.width, C, seed=0)
+        losses.append(fit(adapted, fresh, *synthetic, InnerConfig(passes=passes, gnn_lr=0.3, adapter_lr=0.05)).loss)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == losses[-2] == result.loss < losses[0]
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_the_batch_changes_memory_not_the_result(adapted, synthetic, batch):
+    """Gradients of all batches are summed before the step (no dropout here: its draws do depend on the batch)."""
+    states = []
+    for size in (batch, M):
+        adapted.reset_adapters(0)
+        student = Student(CALM, adapted.width, C, seed=0)
+        result = fit(adapted, student, *synthetic, InnerConfig(passes=4, adapter_lr=1e-3), batch=size)
+        states.append(state_of(student, adapted) | {"loss": result.loss})
+    for name, value in states[0].items():
+        np.testing.assert_allclose(value, states[1][name], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_fit_follows_from_its_seed(make_encoder, synthetic, adapters):
+    """Bit for bit, with both dropouts, whatever was drawn before; the global random state is left alone."""
+    encoder = make_encoder(adapters=adapters, dropout=0.3)
+    states = []
+    for seed in (5, 5, 6):
+        torch.rand(seed)
+        encoder.reset_adapters(0)
+        student = Student(StudentConfig(hidden=16, dropout=0.5), encoder.width, C, seed=0)
+        before = torch.get_rng_state()
+        fit(encoder, student, *synthetic, InnerConfig(passes=5), seed=seed, batch=4)
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(state_of(student, encoder))
+    assert same(states[0], states[1])
+    assert not same(states[0], states[2])
+
+
+def test_a_frozen_encoder_runs_once(make_encoder, synthetic, monkeypatch):
+    """Whatever the number of passes; and the result is that of `fit_encodings` on its encodings."""
+    encoder = make_encoder()
+    calls = []
+    original = encoder.forward_embeds
+    monkeypatch.setattr(encoder, "forward_embeds", lambda x, *rest: calls.append(len(x)) or original(x, *rest))
+    students = [Student(CALM, encoder.width, C, seed=0) for _ in range(2)]
+    fit(encoder, students[0], *synthetic, InnerConfig(passes=15), batch=4, seed=2)
+    assert calls == [4, 4, 1]
+    fit_encodings(students[1], encoder.encode_embeds(synthetic[0]), synthetic[1], InnerConfig(passes=15), seed=2)
+    for one, two in zip(students[0].parameters(), students[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+
+
+def test_a_mask_hides_tokens_in_training(adapted, synthetic):
+    """What is behind the mask may be anything."""
+    x_s, y_s = synthetic
+    mask = torch.ones(x_s.shape[:2])
+    mask[:, 3] = 0
+    noisy = x_s.clone()
+    noisy[:, 3] = 50.0
+    states = []
+    for x in (x_s, noisy):
+        adapted.reset_adapters(0)
+        student = Student(CALM, adapted.width, C, seed=0)
+        fit(adapted, student, x, y_s, InnerConfig(passes=3), mask=mask)
+        states.append(state_of(student, adapted))
+    assert all(np.abs(value - states[1][name]).max() < 1e-4 for name, value in states[0].items())
+
+
+# -- train: when it stops and what it keeps ---------------------------------------------------------------
+
+
+def scripted(losses, select=None, **settings):
+    """`train` on a student whose losses are given; its weights after the step of pass i are i (in one entry)."""
+    student = Student(CALM, 4, C, seed=0)
+    marker = next(student.parameters())
+
+    def step(index):
+        with torch.no_grad():
+            marker.view(-1)[0] = index
+        return torch.tensor(losses[index - 1])
+
+    config = InnerConfig(**{"passes": len(losses), "target_loss": 0.0, "patience": 100, **settings})
+    # nothing has a gradient, so that AdamW leaves the marker alone
+    result = train(step, student, config, seed=0, select=select and (lambda model: select(marker.view(-1)[0].item())))
+    return result, next(student.parameters()).view(-1)[0].item()
+
+
+def test_without_a_choice_the_lowest_loss_wins():
+    """And a later equal one replaces it."""
+    result, kept = scripted([3.0, 1.0, 2.0, 1.0, 5.0])
+    assert (result.passes, result.loss, result.selected, kept) == (5, 1.0, -1.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [({"patience": 2}, 4), ({"patience": 3}, 8), ({"target_loss": 1.5}, 5), ({"passes": 3}, 3), ({}, 8)],
+)
+def test_when_training_stops(settings, passes):
+    """After ``patience`` passes without a lower loss, below ``target_loss``, or after ``passes``."""
+    assert scripted([3.0, 2.0, 2.5, 2.0, 1.0, 1.1, 1.2, 1.3], **settings)[0].passes == passes
+
+
+def test_a_selected_student_is_the_best_of_those_asked():
+    """Asked every ``select_every`` passes and at the end; the first of equals stays; the training loss has no say."""
+    asked = []
+
+    def select(marker):
+        asked.append(marker)
+        return {2.0: 0.5, 4.0: 0.8, 6.0: 0.8, 7.0: 0.1}[marker]
+
+    result, kept = scripted([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], select, select_every=2)
+    assert asked == [2.0, 4.0, 6.0, 7.0]
+    assert (result.selected, result.loss, kept) == (0.8, 3.0, 4.0)

@@ -1,0 +1,166 @@
+"""The kernel block against dense truth, and the arc-cosine maps against their definitions."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from talk_dist.kernel.sntk import (
+    SLOPE_CLIP,
+    arc_cosine,
+    kernel_block,
+    node_norms,
+    propagation,
+    synthetic_kernel,
+    to_torch,
+)
+
+FLOAT = {"dtype": torch.float64}
+
+
+def block_on_whole_graph(graph, h_t, h_s, hops, layers, kind, norms="exact"):
+    """What a shard does, on the whole graph: the first hop is folded into Z, the others are sparse products."""
+    p = propagation(*graph.csr(), kind)
+    z = to_torch(p, torch.float64) @ h_t
+    every_norm = node_norms(z, [p] * (hops - 1), layers, norms)
+    return kernel_block(z, h_s, [to_torch(p, torch.float64)] * (hops - 1), every_norm, layers), every_norm
+
+
+@pytest.mark.parametrize("kind", ["mean", "sym"])
+def test_propagation_is_dense(graph, kind):
+    """P of a subset of rows (own nodes first, global degrees) is those rows of the dense P."""
+    indptr, indices, degree = graph.csr()
+    own = 23
+    p = propagation(indptr[: own + 1], indices[: indptr[own]], degree, kind)
+    assert p.shape == (own, len(degree))
+    np.testing.assert_allclose(p.toarray(), reference.propagation(graph.adjacency, kind)[:own], rtol=1e-14)
+
+
+@pytest.mark.parametrize("norms", ["exact", "linear"])
+@pytest.mark.parametrize("kind", ["mean", "sym"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("hops", [1, 2, 3])
+def test_block_and_synthetic_kernel_are_blocks_of_the_dense_kernel(graph, hops, layers, kind, norms):
+    """K_ts and K_ss are blocks of the kernel of both graphs taken as one: the first hop is free, S starts from Z."""
+    h_t, h_s = graph.encodings()
+    p, n = reference.propagation(graph.adjacency, kind), len(h_t)
+    whole, truth = reference.joint_ntk(p, h_t, h_s, hops, layers, norms)
+    block, _ = block_on_whole_graph(graph, h_t, h_s, hops, layers, kind, norms)
+    torch.testing.assert_close(block, whole[:n, n:], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(synthetic_kernel(h_s, hops, layers), whole[n:, n:], rtol=1e-6, atol=0)
+    # the two other forms of the reference, which the gradient tests differentiate, are the same mathematics
+    real = [norm[:n] for norm in truth]
+    torch.testing.assert_close(reference.kernel_ts(p, h_t, h_s, real, layers), whole[:n, n:], rtol=1e-12, atol=1e-12)
+    exact = reference.kernel_ss(
+        h_s, hops, layers
+    )  # `whole` has half of the digits where rho = 1: arccos is steep there
+    torch.testing.assert_close(synthetic_kernel(h_s, hops, layers), exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(exact.diagonal(), (1 + hops * layers) * h_s.square().sum(1), rtol=1e-12, atol=0)
+
+
+@given(st.floats(-1, 1))
+@settings(max_examples=30, deadline=None)
+@example(1.0)
+@example(-1.0)
+@example(0.5)
+def test_arc_cosine_maps_are_expectations_over_gaussians(rho):
+    """k0 = 2 E[1(u>0) 1(v>0)] and k1 = 2 E[relu(u) relu(v)] for standard Gaussians u, v of correlation rho."""
+    k0, k1 = arc_cosine(torch.tensor(rho, **FLOAT))
+    theta = math.acos(rho)
+    # both factors are positive on an arc of pi - theta, in polar coordinates with E[r^2] = 2
+    low, high = theta - math.pi / 2, math.pi / 2
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    angle = (high - low) / 2 * nodes + (high + low) / 2
+    integral = (high - low) / 2 * (weights * np.cos(angle) * np.cos(angle - theta)).sum()
+    assert float(k0) == pytest.approx((high - low) / math.pi, abs=1e-7)
+    assert float(k1) == pytest.approx(2 / math.pi * integral, abs=1e-12)
+
+
+def test_k0_is_taken_at_rho():
+    """By hand, one hop of one node at an angle of 60 degrees: 1/2 * 2/3 + (1/3 + sqrt(3)/2/pi).
+
+    A published implementation takes k0 at k1 instead; the value below would then be larger by 0.02.
+    """
+    expected = 0.5 * (2 / 3) + (1 / 3 + math.sqrt(0.75) / math.pi)
+    h = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(0.75)]], **FLOAT)
+    block = kernel_block(h[:1], h[1:], [], [torch.ones(1, **FLOAT)])
+    assert float(block) == pytest.approx(expected, abs=1e-12)
+    assert float(synthetic_kernel(h, 1)[0, 1]) == pytest.approx(expected, abs=1e-12)
+    k1 = expected - 1 / 3
+    assert abs(0.5 * (math.pi - math.acos(k1)) / math.pi + k1 - expected) > 0.01  # the bug would be seen
+
+
+def test_slope_is_the_derivative_and_bounded():
+    """Inside the clip the slope is the derivative; beyond it that of k0 is frozen there and that of k1 is k0."""
+    inside = torch.linspace(-SLOPE_CLIP, SLOPE_CLIP, 41, **FLOAT)[1:-1].requires_grad_()
+    assert torch.autograd.gradcheck(arc_cosine, inside, eps=1e-7, atol=1e-5)
+    for rho in (SLOPE_CLIP, 0.999999, 1.0, 1.01):
+        leaf = torch.tensor(rho, **FLOAT).requires_grad_()
+        k0, k1 = arc_cosine(leaf)
+        assert float(torch.autograd.grad(k0, leaf, retain_graph=True)[0]) == pytest.approx(
+            1 / (math.pi * math.sqrt(1 - SLOPE_CLIP**2)), rel=1e-9
+        )
+        assert float(torch.autograd.grad(k1, leaf)[0]) == pytest.approx(k0.item(), rel=1e-12)
+    value = arc_cosine(torch.tensor([1.0, 1.5, -1.0, -2.0], **FLOAT))
+    torch.testing.assert_close(value[0], torch.tensor([1.0, 1.0, 0.0, 0.0], **FLOAT), rtol=0, atol=0)
+    torch.testing.assert_close(value[1], torch.tensor([1.0, 1.0, 0.0, 0.0], **FLOAT), rtol=0, atol=1e-15)
+
+
+@st.composite
+def encodings(draw):
+    """Random rows, some repeated, some scaled, some nearly the same, maybe one of zeros."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    base = rng.normal(size=(draw(st.integers(1, 4)), draw(st.integers(1, 5)))) + draw(st.sampled_from([0.0, 3.0]))
+    rows = [base, base * 2.5, base + 1e-4 * rng.normal(size=base.shape), base[:1], 0 * base[:1]]
+    return torch.from_numpy(
+        np.concatenate(list(itertools.compress(rows, draw(st.tuples(*[st.booleans()] * 5)))) or [base])
+    )
+
+
+@given(encodings(), st.integers(1, 3), st.integers(1, 2))
+@settings(max_examples=60, deadline=None)
+def test_synthetic_kernel_is_symmetric_and_positive_semi_definite(h_s, hops, layers):
+    """Whatever the encodings: equal, parallel, nearly equal, zero. Also finite, with a finite gradient."""
+    leaf = h_s.clone().requires_grad_()
+    k = synthetic_kernel(leaf, hops, layers)
+    assert torch.equal(k, k.T)
+    values = torch.linalg.eigvalsh(k.detach())
+    assert values[0] >= -1e-7 * max(1e-30, k.diagonal().mean().item())
+    (gradient,) = torch.autograd.grad(
+        (k * torch.randn(k.shape, generator=torch.Generator().manual_seed(0))).sum(), leaf
+    )
+    assert torch.isfinite(gradient).all()
+
+
+def test_clipping_values_would_break_positive_semi_definiteness(monkeypatch):
+    """Why only the slope is clipped: with rho cut to 0.9999 near-duplicates make K_ss indefinite, beyond the ridge."""
+    angle = 0.01 * torch.arange(12, **FLOAT)  # neighbours correlate above the clip, others below
+    h_s = torch.stack([angle.cos(), angle.sin()], 1).repeat_interleave(2, 0)
+    k = synthetic_kernel(h_s, 2)
+    assert torch.linalg.eigvalsh(k)[0] > -1e-7 * k.diagonal().mean()
+
+    def clipped(rho):
+        return reference.arc_cosine(rho.clamp(-SLOPE_CLIP, SLOPE_CLIP))
+
+    monkeypatch.setattr("talk_dist.kernel.sntk.arc_cosine", clipped)
+    k = synthetic_kernel(h_s, 2)
+    assert torch.linalg.eigvalsh(k)[0] < -1e-3 * k.diagonal().mean()
+
+
+def test_zero_encodings_give_a_zero_kernel_and_no_nan(graph):
+    """An encoding of length zero has no angle; it must not poison the others."""
+    h_t, h_s = graph.encodings()
+    h_t[-1] = 0.0  # isolated: its propagated encoding is zero, too
+    h_s[2] = 0.0
+    leaf = h_s.requires_grad_()
+    block, _ = block_on_whole_graph(graph, h_t, leaf, 2, 1, "mean")
+    (gradient,) = torch.autograd.grad(block.sum(), leaf)
+    block = block.detach()
+    assert torch.isfinite(gradient).all()
+    assert float(torch.cat([block[-1], block[:, 2]]).abs().max()) < 1e-12
+    assert float(block[:-1, [0, 1, 3, 4]].abs().min()) > 0.0

@@ -1,0 +1,202 @@
+"""A run that is stopped in any way, at any moment, and gone on with is the run that never stopped, to the bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from talk_dist.cli import main
+
+FORKS = multiprocessing.get_context("forkserver")  # real processes that need not import torch again
+EPOCHS = 3
+
+
+def run_quietly(arguments, output):
+    """In a child process: the command line, its words in a file."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.exit(main(arguments))
+
+
+@pytest.fixture(scope="module")
+def forks():
+    FORKS.set_forkserver_preload(["talk_dist.cli", "transformers.models.bert.modeling_bert", "peft", __name__])
+    return FORKS
+
+
+MODES = {
+    "frozen": ["--synthetic.init", "two-stage", "--two_stage.feature_steps", "20", "--two_stage.token_steps", "20"],
+    "adapters": ["--encoder.adapters", "true", "--synthetic.learn_labels", "true", "--synthetic.init", "medoid",
+                 "--encoder.dropout", "0.3", "--outer.dropout", "true"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command(tags, encoder_folder):
+    """command(mode, out) -> the arguments of a small distillation."""
+
+    def arguments(mode, out):
+        settings = {
+            "data": tags[2].path,
+            "out": out,
+            "encoder.name": encoder_folder,
+            "encoder.pooling": "mean",
+            "encoder.precision": "float32",
+            "synthetic.size": 7,
+            "synthetic.tokens": 6,
+            "synthetic.storage": "float32",
+            "inner.passes": 12,
+            "outer.epochs": EPOCHS,
+            "outer.steps": 4,
+            "outer.inject_batch": 3,
+            "outer.patience": EPOCHS + 1,
+            "runtime.threads": 1,
+            "runtime.cache": "false",
+        }
+        pairs = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        return ["distill", *pairs, *MODES[mode]]
+
+    return arguments
+
+
+@pytest.fixture(scope="module", params=MODES)
+def whole(request, command, forks, tmp_path_factory):
+    """(mode, folder, seconds) of a run that nothing disturbs."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    process = forks.Process(target=run_quietly, args=(command(request.param, out), out.with_name("words")))
+    process.start()
+    _wait_for(lambda: process.exitcode is not None or _epochs(out) >= 1)
+    started = time.monotonic()
+    process.join()
+    assert process.exitcode == 0, out.with_name("words").read_text()
+    return request.param, out, time.monotonic() - started
+
+
+def test_every_signal_at_random_moments(whole, command, forks, tmp_path):
+    mode, reference, seconds = whole
+    out, words = tmp_path / "run", tmp_path / "words"
+    rng = random.Random(mode)
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGKILL]
+    stopped = 0
+    for attempt in range(20):
+        process = forks.Process(target=run_quietly, args=(command(mode, out), words))
+        process.start()
+        number = signals[attempt % len(signals)]
+        if attempt < 6:
+            before = _epochs(out)
+            wanted = min(before + attempt % 2, EPOCHS)  # now and then before the next epoch ends
+            _wait_for(lambda p=process, w=wanted: p.exitcode is not None or (_epochs(out) >= w and words.exists()))
+            time.sleep(rng.uniform(0.0, 1.2 * seconds / EPOCHS))
+            os.kill(process.pid, number)
+        process.join()
+        if process.exitcode == 0:
+            break
+        stopped += 1
+        assert process.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number), words.read_text()
+        if number != signal.SIGKILL and (out / "checkpoint.safetensors").exists():
+            assert number.name in words.read_text()
+    assert process.exitcode == 0, words.read_text()
+    assert stopped >= 2
+    _assert_same_run(out, reference)
+
+
+def test_the_advice_is_a_command_that_goes_on(command, tmp_path):
+    """Once with the real program: Ctrl-C, its exit code, and the very words it says to type."""
+    longer = ["--outer.epochs", "30", "--outer.patience", "31"]
+    words = [sys.executable, "-m", "talk_dist", *command("frozen", tmp_path / "run"), *longer, "--resume", "never"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for(lambda: process.poll() is not None or _epochs(tmp_path / "run") >= 1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "finished epoch" in errors
+    advice = errors.strip().splitlines()[-1].split()
+    assert advice[:2] == ["talk-dist", "distill"]
+    assert "--resume" not in advice
+    assert main(advice[1:]) == 0
+    assert (tmp_path / "run" / "synthetic" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--outer.lr", "0.01"], "outer.lr: 0.0005 there, 0.01 now"),
+        (["--seed", "3"], "seed: 0 there, 3 now"),
+        (["--synthetic.size", "8"], "synthetic.size: 7.0 there, 8.0 now"),
+        (["--runtime.threads", "2"], "threads: 1 there, 2 now"),
+        (["--data", "OTHER"], "data hash"),
+    ],
+)
+def test_another_run_is_refused_and_named(whole, command, tags, capsys, changed, named):
+    mode, out, _ = whole
+    other = [str(tags[7].path) if word == "OTHER" else word for word in changed]
+    before = (out / "checkpoint.safetensors").read_bytes()
+    try:
+        assert main([*command(mode, out), *other]) == 2
+    finally:
+        torch.set_num_threads(1)
+    error = capsys.readouterr().err
+    assert named in error
+    assert "--resume never" in error
+    assert "Traceback" not in error
+    assert (out / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_says_what_to_do(command, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "checkpoint.safetensors").write_bytes(b"cut short")
+    assert main(command("frozen", out)) == 2
+    assert "--resume never" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_run_again(whole, command, capsys):
+    mode, out, _ = whole
+    log = (out / "log.jsonl").read_bytes()
+    tensors = (out / "synthetic" / "synthetic.safetensors").read_bytes()
+    assert main(command(mode, out)) == 0
+    assert f"{EPOCHS + 1} finished epochs" in capsys.readouterr().out
+    assert (out / "log.jsonl").read_bytes() == log
+    assert (out / "synthetic" / "synthetic.safetensors").read_bytes() == tensors
+
+
+def _epochs(out: Path) -> int:
+    try:
+        return len((out / "log.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def _wait_for(condition, seconds=90.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def _assert_same_run(out, reference):
+    name = "synthetic/synthetic.safetensors"
+    assert (out / name).read_bytes() == (reference / name).read_bytes()
+    mine, truth = (load_file(folder / "checkpoint.safetensors") for folder in (out, reference))
+    assert mine.keys() == truth.keys()
+    assert all(mine[name].equal(truth[name]) for name in truth)
+    logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (out, reference)]
+    for record in [*logs[0], *logs[1]]:
+        del record["seconds"]
+    assert logs[0] == logs[1]

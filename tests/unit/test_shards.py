@@ -1,0 +1,303 @@
+"""However the graph is cut into shards and rows into chunks: the mathematics is that of the dense whole."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import reference
+import torch
+
+from talk_dist.config import DistillConfig, KernelConfig, OuterConfig, RuntimeConfig, StudentConfig
+from talk_dist.errors import ConfigError, DataError
+from talk_dist.models.gnn import Student, local_graph
+from talk_dist.runtime import shard as shard_module
+from talk_dist.runtime.outer import Objective, accuracy
+from talk_dist.runtime.pool import LocalPool
+from talk_dist.runtime.shard import StudentState
+
+PARTS = (1, 2, 7, 20)  # 20 parts of 60 nodes: some have no training node at all
+MATHEMATICS = [  # hops, layers, propagation, norms, loss
+    (1, 1, "mean", "exact", "mse"),
+    (1, 2, "sym", "exact", "ce"),
+    (2, 1, "mean", "exact", "ce"),
+    (2, 1, "mean", "linear", "mse"),
+    (2, 2, "sym", "exact", "mse"),
+    (3, 1, "mean", "exact", "ce"),
+    (3, 2, "sym", "exact", "ce"),
+]
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    """h_s (M, d), soft y_s (M, C) and a log temperature, none of them special."""
+    rng = np.random.default_rng(5)
+    h_s = torch.from_numpy(0.6 * rng.normal(size=(9, 8)))
+    return h_s, torch.from_numpy(rng.dirichlet(np.ones(3), 9)), 0.7
+
+
+def objective_of(pool, kind, ridge=1e-2):
+    kernel = dataclasses.replace(pool.shards[0].spec.kernel, ridge=ridge)
+    return Objective(pool, DistillConfig(kernel=kernel, outer=OuterConfig(loss=kind)))
+
+
+def dense_encodings(graph, encoder, tags):
+    """H (N, d) in the order of the node table."""
+    return torch.from_numpy(encoder.encode_tokens(tags[1].partition(0).tokens))
+
+
+def confusion(true, predicted):
+    return np.bincount(3 * true + predicted, minlength=9).reshape(3, 3)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(("hops", "layers", "propagation", "norms", "loss"), MATHEMATICS)
+def test_objective_is_autograd_of_the_dense_whole(
+    graph, tags, table_encoder, make_pool, synthetic, parts, hops, layers, propagation, norms, loss
+):
+    """Loss and gradients with respect to encodings, labels and temperature, summed over shards, in float64."""
+    encoder = table_encoder()
+    pool = make_pool(encoder, parts, hops=hops, layers=layers, propagation=propagation, norms=norms)
+    mine = objective_of(pool, loss)(*synthetic)
+
+    h_s, y_s = (tensor.clone().requires_grad_() for tensor in synthetic[:2])
+    log_t = torch.tensor(synthetic[2], dtype=torch.float64, requires_grad=True)
+    p, h_t = reference.propagation(graph.adjacency, propagation), dense_encodings(graph, encoder, tags)
+    _, every_norm = reference.joint_ntk(p, h_t, h_s.detach(), hops, layers, norms)
+    rows = graph.rows("train")
+    k_ts = reference.kernel_ts(p, h_t, h_s, [n[: len(h_t)] for n in every_norm], layers)[rows]
+    truth = reference.krr_loss(
+        reference.kernel_ss(h_s, hops, layers), k_ts, y_s, torch.from_numpy(graph.label[rows]), 1e-2, loss, log_t
+    )
+    expected = torch.autograd.grad(truth, [h_s, y_s, log_t], materialize_grads=True)
+
+    assert mine.loss == pytest.approx(truth.item(), rel=1e-11)
+    torch.testing.assert_close(mine.d_hs, expected[0], rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(mine.d_ys, expected[1], rtol=1e-8, atol=1e-11)
+    assert mine.d_log_temperature == pytest.approx(expected[2].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_gradient_is_the_finite_difference_of_the_loss(table_encoder, make_pool, synthetic, loss):
+    """Central differences of the sharded loss itself, in random directions of h_s and y_s, and in the temperature."""
+    objective = objective_of(make_pool(table_encoder(), 7), loss)
+    h_s, y_s, log_t = synthetic
+    gradient = objective(h_s, y_s, log_t)
+    difference, rng = reference.directional_difference, np.random.default_rng(0)
+    for _ in range(3):
+        v, w = torch.from_numpy(rng.normal(size=h_s.shape)), torch.from_numpy(rng.normal(size=y_s.shape))
+        slope = difference(lambda x: objective(x, y_s, log_t).loss, h_s, v)
+        assert float((gradient.d_hs * v).sum()) == pytest.approx(slope, rel=1e-6)
+        slope = difference(lambda y: objective(h_s, y, log_t).loss, y_s, w)
+        assert float((gradient.d_ys * w).sum()) == pytest.approx(slope, rel=1e-6)
+    slope = difference(lambda t: objective(h_s, y_s, t).loss, log_t, 1.0)
+    assert gradient.d_log_temperature == pytest.approx(slope, rel=1e-6, abs=1e-12)
+
+
+def test_every_way_to_shard_gives_the_same_sums_to_rounding(table_encoder, make_pool, synthetic):
+    """To 1e-13 between 1, 2, 7 and 20 shards, more closely than any of them can follow dense truth."""
+    objectives = [objective_of(make_pool(table_encoder(), parts), "ce") for parts in PARTS]
+    gradients = [objective(*synthetic) for objective in objectives]
+    assert torch.equal(objectives[2](*synthetic).d_hs, gradients[2].d_hs)  # and to the bit when asked again
+    for other in gradients[1:]:
+        assert other.loss == pytest.approx(gradients[0].loss, rel=1e-13)
+        torch.testing.assert_close(other.d_hs, gradients[0].d_hs, rtol=0, atol=1e-13)
+        torch.testing.assert_close(other.d_ys, gradients[0].d_ys, rtol=0, atol=1e-13)
+
+
+def test_a_halo_no_larger_than_needed_suffices(graph, prepare_graph, table_encoder, make_pool, synthetic):
+    """K hops need a halo of K - 1: a graph prepared with just that gives the same."""
+    narrow = prepare_graph(graph, parts=7, halo_hops=1)
+    wide = objective_of(make_pool(table_encoder(), 7), "ce")(*synthetic)
+    assert objective_of(make_pool(table_encoder(), narrow), "ce")(*synthetic).loss == pytest.approx(
+        wide.loss, rel=1e-13
+    )
+
+
+def test_single_precision_is_close_to_double(table_encoder, make_pool, synthetic):
+    """kernel.precision = float32 changes digits, not results; h_s may come in either."""
+    double = objective_of(make_pool(table_encoder(), 7), "ce")(*synthetic)
+    pool = make_pool(table_encoder(dtype=np.float32), 7, precision="float32")
+    h_s, y_s, log_t = synthetic
+    single = objective_of(pool, "ce")(h_s.float(), y_s.float(), log_t)
+    assert pool.shards[0].dtype == torch.float32
+    assert single.loss == pytest.approx(double.loss, rel=1e-4)
+    error = (single.d_hs - double.d_hs).norm() / double.d_hs.norm()
+    assert 0 < error < 1e-3
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_rows_in_chunks_are_rows_at_once(monkeypatch, graph, table_encoder, make_pool, synthetic, parts):
+    """A memory limit below one row makes every training row a chunk of its own and changes rounding only."""
+    blocks = []
+    original = shard_module.kernel_block
+    monkeypatch.setattr(shard_module, "kernel_block", lambda *a: blocks.append(1) or original(*a))
+    pool = make_pool(table_encoder(), parts, hops=3)
+    whole, counts = objective_of(pool, "ce")(*synthetic), objective_of(pool, "ce").krr_counts(*synthetic[:2], "test")
+    at_once = len(blocks)
+    monkeypatch.setattr(shard_module, "LIVE_BUFFERS", 1 << 30)
+    pool = make_pool(table_encoder(), parts, hops=3, chunk_mib=1)
+    chunked = objective_of(pool, "ce")(*synthetic)
+    assert at_once <= 2 * parts
+    assert len(blocks) - at_once == len(graph.rows("train"))
+    assert chunked.loss == pytest.approx(whole.loss, rel=1e-13)
+    torch.testing.assert_close(chunked.d_hs, whole.d_hs, rtol=0, atol=1e-13)
+    np.testing.assert_array_equal(objective_of(pool, "ce").krr_counts(*synthetic[:2], "test"), counts)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_kernel_predictions_are_counted_as_on_the_whole(graph, tags, table_encoder, make_pool, synthetic, parts):
+    """Confusion counts [true, predicted] of every split, over labelled nodes only."""
+    encoder = table_encoder()
+    h_s, y_s, _ = synthetic
+    objective = objective_of(make_pool(encoder, parts), "mse")
+    p, h_t = reference.propagation(graph.adjacency, "mean"), dense_encodings(graph, encoder, tags)
+    whole, _ = reference.joint_ntk(p, h_t, h_s, 2, 1)
+    k_ss, n = whole[len(h_t) :, len(h_t) :], len(h_s)
+    ridge = 1e-2 * k_ss.trace() / n * torch.eye(n, dtype=k_ss.dtype)
+    predicted = (whole[: len(h_t), len(h_t) :] @ torch.linalg.solve(k_ss + ridge, y_s)).argmax(1).numpy()
+    for split in ("train", "val", "test"):
+        rows = graph.rows(split)
+        counts = objective.krr_counts(h_s, y_s, split)
+        np.testing.assert_array_equal(counts, confusion(graph.label[rows], predicted[rows]))
+        assert accuracy(counts) == pytest.approx((predicted == graph.label)[rows].mean())
+    assert len(np.unique(predicted)) == 3
+
+
+@pytest.mark.parametrize("kind", ["gcn", "sage", "sgc", "appnp", "gat"])
+def test_students_on_shards_are_the_student_on_the_whole_graph(graph, tags, table_encoder, make_pool, kind):
+    """One halo exchange a layer gives the logits of `forward` on the whole graph, and both those of dense algebra."""
+    encoder = table_encoder(dtype=np.float32)
+    config = StudentConfig(kind=kind, hidden=16, depth=2 if kind == "gcn" else 3)
+    student = Student(config, encoder.width, 3, seed=2).eval()
+    h, whole = dense_encodings(graph, encoder, tags), local_graph(kind, *graph.csr())
+    biases = [weight.data for name, weight in student.named_parameters() if "bias" in name]
+    for bias in biases:  # torch-geometric starts them at zero: then nothing would see them
+        bias += torch.linspace(-0.1, 0.1, len(bias))
+    biases[-1] -= student(h, whole).detach().mean(0)  # so that no class takes all
+    logits = student(h, whole).detach()
+    truth = reference.student(student, h.double(), graph.adjacency)
+    torch.testing.assert_close(logits.double(), truth, rtol=1e-4, atol=1e-5)
+    predicted = logits.argmax(1).numpy()
+    assert len(np.unique(predicted)) == 3
+    for parts in PARTS:
+        pool = make_pool(encoder, parts)
+        counts = pool.student_scores(StudentState.of(student), ["val", "train"])
+        for split, mine in zip(("val", "train"), counts, strict=True):
+            rows = graph.rows(split)
+            np.testing.assert_array_equal(mine, confusion(graph.label[rows], predicted[rows]))
+        for shard in pool.shards:  # not only the winning class: every number
+            own = torch.from_numpy(shard._fields["X"][: shard.part.num_own])
+            torch.testing.assert_close(own, logits[torch.from_numpy(shard.part.node.copy())], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_class", [3, 100])
+def test_samples_are_the_same_nodes_in_the_same_order(graph, tags, table_encoder, make_pool, per_class):
+    """Chosen by the hash of their id, whatever the sharding; with P^2 H as features, and their own texts."""
+    encoder, p = table_encoder(), reference.propagation(graph.adjacency, "mean")
+    smoothed = (p @ p @ dense_encodings(graph, encoder, tags)).numpy()
+    texts = tags[1].partition(0).tokens
+    chosen = []
+    for parts in PARTS:
+        pool = make_pool(encoder, parts, hops=1)
+        sample = pool.sample(per_class, seed=3)
+        node = np.array([pool.shards[shard].part.node[row] for shard, row in sample.place])
+        np.testing.assert_array_equal(graph.label[node], sample.label)
+        np.testing.assert_allclose(sample.features, smoothed[node], rtol=1e-5, atol=1e-6)
+        tokens = pool.tokens(sample.place)
+        assert all(np.array_equal(tokens[i], texts[row]) for i, row in enumerate(node))
+        chosen.append(node.tolist())
+        assert pool.sample(per_class, seed=4).place.tolist() != sample.place.tolist()  # the seed counts
+    assert all(nodes == chosen[0] for nodes in chosen)
+    train = graph.rows("train")
+    available = np.bincount(graph.label[train], minlength=3)
+    np.testing.assert_array_equal(np.bincount(graph.label[chosen[0]], minlength=3), np.minimum(per_class, available))
+    assert len(set(chosen[0]) & set(train.tolist())) == len(chosen[0])
+
+
+def test_permuting_the_nodes_permutes_nothing_but_the_order(graph, prepare_graph, table_encoder, make_pool, synthetic):
+    """Nodes and edges in another order, edges turned round and repeated: same loss, gradient, sample and students."""
+    encoder = table_encoder(dtype=np.float32)
+    shuffled = graph.permuted(seed=4)
+    student = StudentState.of(Student(StudentConfig(hidden=16), encoder.width, 3, seed=0))
+    results = []
+    for which in (graph, shuffled):
+        pool = make_pool(encoder, prepare_graph(which, parts=3))
+        sample = pool.sample(4, 0)
+        node_id = [pool.shards[shard].part.node_id[int(row)].as_py() for shard, row in sample.place]
+        results.append((objective_of(pool, "ce")(*synthetic), node_id, pool.student_scores(student, ["val"])[0]))
+    (one, ids, counts), (two, other_ids, other_counts) = results
+    assert two.loss == pytest.approx(one.loss, rel=1e-12)
+    torch.testing.assert_close(two.d_hs, one.d_hs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(two.d_ys, one.d_ys, rtol=0, atol=1e-12)
+    assert other_ids == ids
+    np.testing.assert_array_equal(other_counts, counts)
+
+
+def test_each_text_is_encoded_once_and_only_for_new_adapters(graph, tags, table_encoder, make_pool):
+    """By the shard that owns it: halo rows travel as encodings. The same adapters again are no work at all."""
+    encoder = table_encoder()
+    pool = make_pool(encoder, 7)
+    assert encoder.encoded == len(graph.label)
+    pool.encode({})
+    assert encoder.encoded == len(graph.label)
+
+
+def test_new_adapters_encode_again_and_change_the_loss(make_encoder, make_pool, synthetic):
+    """The real encoder with adapters: other weights, other encodings, everywhere, halos too."""
+    encoder = make_encoder(adapters=True)
+    pool = make_pool(encoder, 2)
+    h_s, y_s = torch.randn(9, encoder.width, generator=torch.Generator().manual_seed(0)), synthetic[1]
+    before = objective_of(pool, "ce")(h_s, y_s, 0.0)
+    moved = {name: value + 0.3 for name, value in encoder.adapters().items()}
+    pool.encode(moved)
+    after = objective_of(pool, "ce")(h_s, y_s, 0.0)
+    encoder.load_adapters(moved)
+    fresh = objective_of(make_pool(encoder, 1), "ce")(h_s, y_s, 0.0)
+    assert after.loss == pytest.approx(fresh.loss, rel=1e-5)
+    assert abs(after.loss - before.loss) > 1e-3 * before.loss
+
+
+def test_encodings_are_kept_beside_the_prepared_tag(graph, prepare_graph, make_encoder, make_pool, monkeypatch):
+    """A second pool of a frozen encoder reads them and encodes nothing; adapters and cache=False leave no file."""
+    tag = prepare_graph(graph, parts=2)
+    folder = Path(tag.path) / "encodings"
+    make_pool(make_encoder(), tag, cache=False)
+    make_pool(make_encoder(adapters=True), tag, cache=True)
+    assert not folder.exists()
+    first = make_pool(make_encoder(), tag, cache=True)
+    assert len(list(folder.iterdir())) == 2
+    encoder = make_encoder()
+    monkeypatch.setattr(encoder, "encode_tokens", lambda *_: pytest.fail("encoded again"))
+    second = make_pool(encoder, tag, cache=True)
+    for one, two in zip(first.shards, second.shards, strict=True):
+        np.testing.assert_array_equal(one._fields["H"], two._fields["H"])
+
+
+def test_kept_encodings_of_other_texts_or_another_encoder_are_not_used(graph, prepare_graph, make_encoder, make_pool):
+    """An object store keeps the folder of encodings when the graph is prepared again: their name must tell."""
+    nodes = graph.nodes.set_column(1, "text", pa.array(graph.nodes["text"].to_pylist()[::-1]))
+    tag, again = prepare_graph(graph), prepare_graph(dataclasses.replace(graph, nodes=nodes))
+    make_pool(make_encoder(), tag, cache=True)
+    shutil.copytree(Path(tag.path) / "encodings", Path(again.path) / "encodings")
+    for encoder in (make_encoder(), make_encoder(pooling="cls")):
+        kept, fresh = make_pool(encoder, again, cache=True), make_pool(encoder, again, cache=False)
+        np.testing.assert_array_equal(kept.shards[0]._fields["H"], fresh.shards[0]._fields["H"])
+
+
+def test_another_tokenizer_is_refused(tags, table_encoder, encoder_folder, other_encoder_folder):
+    """The message names both encoders and the remedy."""
+    encoder = table_encoder(name=other_encoder_folder)
+    message = f"tokenised for encoder '{encoder_folder}' .* '{other_encoder_folder}' .*prepare it again with --encoder"
+    with pytest.raises(DataError, match=message):
+        LocalPool(tags[1], encoder, KernelConfig(), RuntimeConfig())
+
+
+def test_hops_beyond_the_halo_are_refused_with_the_remedy(graph, prepare_graph, table_encoder, make_pool):
+    """A halo of h serves h + 1 hops, for one part as for many."""
+    tag = prepare_graph(graph, parts=2, halo_hops=1)
+    make_pool(table_encoder(), tag, hops=2)
+    with pytest.raises(ConfigError, match=r"kernel\.hops = 3, but .* halos for 2 hops; .*--halo_hops 2"):
+        make_pool(table_encoder(), tag, hops=3)
