@@ -124,7 +124,7 @@ class TwoStageConfig:
     token_lr: float = 1e-2
     """Step size of the token embeddings."""
     validate_every: int = 20
-    """Validate the kernel predictor each so many feature steps and keep the best encodings."""
+    """Train and validate a fresh student each so many feature steps; the best encodings are kept."""
 
     def __post_init__(self) -> None:
         _check(
@@ -190,11 +190,11 @@ class InnerConfig:
 class OuterConfig:
     """The outer loop: steps of the synthetic set against the kernel ridge regression loss."""
 
-    epochs: int = 2
+    epochs: int = 4
     """Outer epochs: inner loop, encoding of the real texts, validation, steps."""
-    steps: int = 5
+    steps: int = 8
     """Outer steps per epoch."""
-    lr: float = 5e-4
+    lr: float = 1e-3
     """AdamW learning rate of the token embeddings."""
     label_lr: float = 1e-2
     """Learning rate of learned labels."""
@@ -285,7 +285,7 @@ def preset(name: str = "default") -> DistillConfig:
     if name == "default":
         return DistillConfig()
     if name == "quick":
-        return DistillConfig(outer=OuterConfig(epochs=1))
+        return DistillConfig(two_stage=TwoStageConfig(token_steps=120), outer=OuterConfig(epochs=2))
     if name == "paper":
         return DistillConfig(
             encoder=EncoderConfig(pooling="cls", adapters=True),

@@ -38,7 +38,7 @@ class TextEncoder:
         self.device = torch.device(pick_device(config.device))
         self.model: nn.Module = load_pretrained(AutoModel.from_pretrained, config.name, dtype=torch.float32)
         self.model.requires_grad_(False)
-        self.pooling = _pooling(config)
+        self.pooling = _pooling(config, self.model)
         self.width = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         if config.adapters:
             self._add_adapters()
@@ -56,7 +56,11 @@ class TextEncoder:
 
     @property
     def max_positions(self) -> int:
-        return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))  # type: ignore[union-attr, arg-type]
+        """Tokens that a synthetic node can have; RoBERTa's table starts after its padding index."""
+        table = [m for name, m in self.model.named_modules() if name.endswith("position_embeddings")]
+        padding = getattr(table[0], "padding_idx", None) if table else None
+        limit = int(getattr(self.model.config, "max_position_embeddings", 1 << 30))  # type: ignore[union-attr, arg-type]
+        return limit if padding is None else limit - padding - 1
 
     @cached_property
     def fingerprint(self) -> str:
@@ -235,8 +239,8 @@ def _cpu_flags() -> str:
     )
 
 
-def _pooling(config: EncoderConfig) -> str:
-    """`auto`: what a sentence-transformers checkpoint says, else CLS."""
+def _pooling(config: EncoderConfig, model: nn.Module) -> str:
+    """`auto`: what a sentence-transformers checkpoint says, else CLS, or the mean where the first token sees no other."""
     if config.pooling != "auto":
         return config.pooling
     from transformers.utils import cached_file
@@ -249,5 +253,6 @@ def _pooling(config: EncoderConfig) -> str:
         _raise_exceptions_for_connection_errors=False,
     )
     if path is None:
-        return "cls"
+        architectures = getattr(model.config, "architectures", None) or [""]
+        return "mean" if architectures[0].endswith(("ForCausalLM", "LMHeadModel")) else "cls"
     return "mean" if json.loads(Path(path).read_text()).get("pooling_mode_mean_tokens") else "cls"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from talk_dist.config import InnerConfig
+from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import Adapters, TextEncoder
 from talk_dist.models.gnn import Student, self_loops
 
@@ -114,6 +116,8 @@ def train(
             student.train()
             optimizer.zero_grad()
             loss = float(step(index))
+            if not math.isfinite(loss):
+                raise ConfigError(f"training diverged: the loss is {loss} in pass {index}; lower inner.gnn_lr or adapter_lr")
             stale = 0 if loss < best_loss else stale + 1
             best_loss = min(best_loss, loss)
             last = stale >= config.patience or loss < config.target_loss or index == config.passes

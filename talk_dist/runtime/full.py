@@ -86,6 +86,6 @@ def fit_full(
         h.copy_(torch.from_numpy(pool.gather()))
         return student_accuracy(pool, current, "val")
 
-    steps = len(order) // BATCH
+    steps = -(-len(order) // BATCH)
     joint = dataclasses.replace(config, passes=steps, patience=steps, target_loss=0.0, select_every=batches)
     return train(mini_batch, student, joint, encoder=encoder, seed=seed, select=refresh)

@@ -68,16 +68,20 @@ class LocalPool:
             Shard(ShardSpec(tag.path, part, kernel, runtime.cache), encoder) for part in range(tag.num_parts)
         ]
         self._halo_depth = max(1, kernel.hops - 1)
+        self._exchanged = False
 
     def encode(self, adapters: Adapters, progress: Progress | None = None) -> None:
-        if not any([shard.encode(adapters, progress) for shard in self.shards]):
+        changed = [shard.encode(adapters, progress) for shard in self.shards]
+        if self._exchanged and not any(changed):
             return
+        self._exchanged = False  # until the end: an interrupt in between must not leave new H beside old Z
         self._exchange("H", 1)
         for shard in self.shards:
             shard.propagate()
         self._exchange("Z", self._halo_depth)
         for shard in self.shards:
             shard.measure_norms()
+        self._exchanged = True
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         return add_grads([shard.loss_and_grads(h_s, dual, loss) for shard in self.shards])

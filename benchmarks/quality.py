@@ -1,0 +1,121 @@
+"""How good is it: a fresh student on the synthetic set against the full training set and coresets.
+
+For every seed: a random 60/20/20 split, a distillation and `--students` students a row, all of that seed. The
+table gives mean ± standard deviation over all of them. Nothing is chosen on test nodes.
+
+    python benchmarks/quality.py FOLDER --seeds 3 --out benchmarks/results/NAME.md [--section.key VALUE ...]
+
+FOLDER holds nodes.parquet and edges.parquet; `python-api` is the embedded graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from talk_dist import EvaluateConfig, LocalPool, TextEncoder, distill, evaluate, open_tables, prepare, preset
+from talk_dist.commands.report import machine
+from talk_dist.config import DistillConfig, StudentConfig
+from talk_dist.data.python_api import build_python_api
+from talk_dist.data.tables import Source, from_arrow
+from talk_dist.evaluate import Row, table
+from talk_dist.runtime.callbacks import ProgressLines
+
+
+def merge(rows: list[Row]) -> Row:
+    """The same row of several seeds as one."""
+    krr = [r.krr_accuracy for r in rows if r.krr_accuracy is not None]
+    return Row(
+        rows[0].name,
+        round(sum(r.nodes for r in rows) / len(rows)),
+        round(sum(r.bytes for r in rows) / len(rows)),
+        tuple(a for r in rows for a in r.accuracy),
+        tuple(a for r in rows for a in r.macro_f1),
+        tuple(a for r in rows for a in r.val_accuracy),
+        sum(krr) / len(krr) if krr else None,
+    )
+
+
+def override(config: DistillConfig, options: list[str]) -> DistillConfig:
+    """Apply `--section.key VALUE` pairs."""
+    values: dict[str, Any] = config.to_dict()
+    for key, text in zip(options[::2], options[1::2], strict=True):
+        *path, last = key.removeprefix("--").split(".")
+        section = values
+        for name in path:
+            section = section[name]
+        try:
+            section[last] = json.loads(text)
+        except json.JSONDecodeError:
+            section[last] = text
+    return DistillConfig.from_dict(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data")
+    parser.add_argument("--preset", default="default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--students", type=int, default=3)
+    parser.add_argument("--student", default="gcn")
+    parser.add_argument("--against", default="full,random,herding,kcenter,medoid")
+    parser.add_argument("--out", type=Path)
+    arguments, options = parser.parse_known_args()
+    lines, rows_by_seed, seconds = ProgressLines(), [], []
+    folder = Path(arguments.data)
+
+    def source() -> Source:
+        if arguments.data == "python-api":
+            return from_arrow(*build_python_api())
+        return open_tables(folder / "nodes.parquet", folder / "edges.parquet")
+
+    for seed in range(arguments.seeds):
+        config = override(preset(arguments.preset), ["--seed", str(seed), *options])
+        with tempfile.TemporaryDirectory() as scratch:
+            tag = prepare(source(), f"{scratch}/prepared", split_seed=seed, use_split_column=False, name=folder.name)
+            encoder = TextEncoder(config.encoder)
+            pool = LocalPool(tag, encoder, config.kernel, config.runtime)
+            started = time.monotonic()
+            synthetic = distill(pool, encoder, config, [lines])
+            seconds.append(time.monotonic() - started)
+            settings = EvaluateConfig(
+                against=tuple(arguments.against.split(",")),
+                seeds=arguments.students,
+                student=StudentConfig(kind=arguments.student),
+            )
+            rows_by_seed.append(evaluate(pool, encoder, synthetic, config, settings, lines.progress))
+            print(f"seed {seed}\n{table(rows_by_seed[-1])}", flush=True)
+
+    merged = [merge(list(rows)) for rows in zip(*rows_by_seed, strict=True)]
+    took = ", ".join(f"{s:.0f}" for s in seconds)
+    text = "\n".join(
+        [
+            f"# {folder.name}: {arguments.student.upper()} students, {merged[0].nodes} synthetic nodes, "
+            f"preset {arguments.preset}",
+            "",
+            table(merged),
+            "",
+            f"Mean ± standard deviation over {arguments.seeds} splits and distillations × {arguments.students} students. "
+            "KRR: the kernel predictor, no student. Retention: relative to the full set.",
+            f"Seconds to distil, encoding included: {took}. Machine: {machine()}.",
+            "",
+            "```",
+            f"python {shlex.join(sys.argv)}".replace(str(folder.parent) + "/", "DATA/") if folder.parent.name else "",
+            "```",
+            "",
+        ]
+    )
+    print(text)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

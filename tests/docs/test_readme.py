@@ -1,0 +1,73 @@
+"""What README.md shows runs: commands parse, snippets execute, tables come from benchmarks/results/."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch_geometric.data import Data
+
+import talk_dist
+from talk_dist.cli import COMMANDS
+from talk_dist.commands.settings import read
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+SHOWN = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("talk-dist ")]
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_commands_parse(command: str) -> None:
+    words = shlex.split(command)
+    read(COMMANDS[words[1]], words[2:])
+
+
+def test_there_are_commands_and_the_marked_ones_exist() -> None:
+    assert len(SHOWN) >= 6
+    for mark in ("install", "test"):
+        assert re.search(rf"<!-- ci: {mark} -->\n```bash\n.+\n```", README), mark
+
+
+def test_linked_files_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python of "Your own graph", then of "Reading the result", on a graph of 240 nodes."""
+    own_graph, reading = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    words = ["cat dog bird", "stone iron gold", "rain wind snow"]
+    label = torch.arange(240) % 3
+    text = [f"{words[int(c)]} number {i}" for i, c in enumerate(label)]
+    ring = torch.arange(240)
+    data = Data(edge_index=torch.stack([ring, (ring + 3) % 240]), y=label, num_nodes=240)
+    data.text = text
+    names: dict = {"data": data}
+    quick = talk_dist.preset("quick")  # 1 % of 240 nodes would be fewer than three classes
+    small = replace(quick.synthetic, size=3, tokens=4)
+    config = replace(quick, synthetic=small, two_stage=replace(quick.two_stage, token_steps=5))
+    monkeypatch.setattr(talk_dist, "preset", lambda name: config)
+    exec(own_graph, names)
+    assert len(names["synthetic"]) == 3
+    exec(reading.replace("runs/python-api", "runs/mygraph"), names)
+    assert names["data"].y.tolist() == [0, 1, 2]
+
+
+def test_result_tables_are_those_of_the_benchmarks() -> None:
+    """Every row of a result table in the README stands in a file under benchmarks/results/."""
+    results = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks/results").glob("*.md"))
+    rows = [line for line in README.splitlines() if re.match(r"\| \S+ \| [\d,]+ \| [\d,]+ \|", line)]
+    assert rows
+    assert [row for row in rows if row not in results] == []

@@ -1,0 +1,120 @@
+"""Evaluation: one recipe for every set, selection on validation, the test nodes scored once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from talk_dist.config import DistillConfig, InnerConfig, KernelConfig, StudentConfig
+from talk_dist.errors import ConfigError
+from talk_dist.evaluate import EvaluateConfig, Row, as_metrics, coreset_tag, evaluate, retention, table
+from talk_dist.models.gnn import Student
+from talk_dist.runtime.full import WholeGraph
+from talk_dist.runtime.outer import accuracy, macro_f1
+from talk_dist.synthetic.coresets import allocate
+
+CONFIG = DistillConfig(kernel=KernelConfig(precision="float64"))
+
+
+def quick(**changes):
+    recipe = InnerConfig(passes=20, gnn_lr=0.02, patience=20)
+    student = StudentConfig(hidden=16, dropout=0.0)
+    return dataclasses.replace(EvaluateConfig(seeds=2, recipe=recipe, student=student, full_epochs=1), **changes)
+
+
+def a_coreset(pool, encoder, method="random"):
+    return coreset_tag(pool, encoder, allocate(6, pool.tag.train_class_counts), method, 0)[0]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("kind", ["gcn", "sage", "sgc", "appnp", "gat"])
+def test_every_student_on_every_set(make_encoder, make_pool, adapters, kind):
+    encoder = make_encoder(adapters=adapters)
+    pool = make_pool(encoder, 2)
+    config = quick(student=StudentConfig(kind=kind, hidden=16, dropout=0.0))
+    rows = evaluate(pool, encoder, a_coreset(pool, encoder), CONFIG, config)
+    assert [row.name for row in rows] == ["synthetic", *config.against]
+    assert all(len(row.accuracy) == 2 and 0 <= min(row.accuracy) <= max(row.accuracy) <= 1 for row in rows)
+    assert rows[1].nodes == pool.tag.meta["split_sizes"]["train"]
+    # the "synthetic" set here is the random coreset: the same set, the same scores
+    assert dict(enumerate(rows[0].accuracy)) == dict(enumerate(rows[2].accuracy))
+    if not adapters:
+        assert evaluate(pool, encoder, a_coreset(pool, encoder), CONFIG, quick(student=config.student))[1] == rows[1]
+
+
+def test_the_pass_is_chosen_on_validation_and_test_is_read_once_a_seed(make_encoder, make_pool, monkeypatch):
+    encoder = make_encoder()
+    pool = make_pool(encoder, 1)
+    asked = []
+    ask = pool.student_scores
+    monkeypatch.setattr(pool, "student_scores", lambda s, splits: (asked.append(tuple(splits)), ask(s, splits))[1])
+    evaluate(pool, encoder, a_coreset(pool, encoder), CONFIG, quick(against=("full",)))
+    reads = [i for i, splits in enumerate(asked) if "test" in splits]
+    assert len(reads) == 4  # two sets, two seeds
+    assert all("test" not in asked[i - 1] for i in reads)  # each after validations of its own
+
+
+@pytest.mark.parametrize("parts", [2, 7])
+def test_the_whole_graph_is_put_together_again(make_encoder, make_pool, graph, parts):
+    """The full-data reference sees the same graph whatever the sharding."""
+    pool = make_pool(make_encoder(), parts)
+    whole = WholeGraph(pool.tag)
+    node = np.concatenate([shard.part.node for shard in pool.shards])
+    dense = np.zeros((len(node), len(node)))
+    dense[np.repeat(np.arange(len(node)), np.diff(whole.indptr)), whole.indices] = 1
+    assert np.array_equal(dense, graph.adjacency.numpy()[node][:, node])
+    assert sorted(node[whole.train]) == sorted(graph.rows("train"))
+
+
+def test_coresets_are_the_real_texts(make_encoder, make_pool):
+    """Their embeddings, masked, encode to what the texts themselves encode to."""
+    encoder = make_encoder()
+    pool = make_pool(encoder, 2)
+    tag = a_coreset(pool, encoder, "herding")
+    h = encoder.encode_embeds(tag.token_embeds, tag.mask).numpy()
+    everything = pool.gather()
+    nearest = np.linalg.norm(everything[None] - h[:, None], axis=2).min(1)
+    assert nearest.max() < 1e-5
+
+
+def test_scores_by_hand():
+    counts = np.array([[3, 1], [2, 4]])
+    assert accuracy(counts) == pytest.approx(0.7)
+    assert macro_f1(counts) == pytest.approx((6 / 9 + 8 / 11) / 2)
+    assert macro_f1(np.array([[2, 0, 0], [0, 3, 0], [0, 0, 0]])) == 1.0  # a class without nodes does not count
+
+
+def test_macro_f1_is_that_of_scikit_learn():
+    from sklearn.metrics import confusion_matrix, f1_score
+
+    rng = np.random.default_rng(0)
+    true, predicted = rng.integers(0, 4, 99), rng.integers(0, 4, 99)
+    assert macro_f1(confusion_matrix(true, predicted)) == pytest.approx(f1_score(true, predicted, average="macro"))
+
+
+def test_the_table_and_retention():
+    rows = [Row("synthetic", 7, 1200, (0.8, 0.9), (0.7, 0.7), (0.8, 0.8), 0.81),
+            Row("full", 1000, 99, (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), None)]  # fmt: skip
+    assert retention(rows, rows[0]) == pytest.approx(0.85)
+    assert retention(rows[:1], rows[0]) is None
+    assert "| synthetic | 7 | 1,200 | 0.850 ± 0.050 | 0.700 ± 0.000 | 0.810 | 0.850 |" in table(rows)
+    assert "| full | 1,000 | 99 | 1.000 ± 0.000 | 1.000 ± 0.000 | – | 1.000 |" in table(rows)
+    assert as_metrics(rows, quick())["retention"]["full"] == 1.0
+
+
+def test_an_unknown_rival_is_refused():
+    with pytest.raises(ConfigError, match="against one of"):
+        EvaluateConfig(against=("best",))  # type: ignore[arg-type]
+
+
+def test_dropout_is_off_when_a_student_is_scored(make_encoder, make_pool):
+    from talk_dist.runtime.outer import student_accuracy
+
+    encoder = make_encoder()
+    pool = make_pool(encoder, 2)
+    student = Student(StudentConfig(hidden=64, dropout=0.9), encoder.width, 3, 0).train()
+    assert len({student_accuracy(pool, student, "val") for _ in range(5)}) == 1
+    assert torch.isfinite(next(student.parameters())).all()
