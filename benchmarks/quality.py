@@ -101,8 +101,8 @@ def main() -> None:
             "",
             table(merged),
             "",
-            f"Mean ± standard deviation over {arguments.seeds} splits and distillations × {arguments.students} students. "
-            "KRR: the kernel predictor, no student. Retention: relative to the full set.",
+            f"Mean ± standard deviation over {arguments.seeds} splits and distillations × {arguments.students} "
+            "students. KRR: the kernel predictor, no student. Retention: relative to the full set.",
             f"Seconds to distil, encoding included: {took}. Machine: {machine()}.",
             "",
             "```",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -45,6 +46,8 @@ def distill(
         pool.encode(encoder.adapters(), lambda done, total: tell.progress("encode", done, total, {}))
         start = initialise(pool, encoder, config, tell.progress)
         state = DistillState(start.x_s, start.y_s, torch.tensor(start.log_temperature, dtype=torch.float64))
+        if checkpoint:
+            checkpoint.save(state)
     initial_seconds = time.monotonic() - started
 
     while state.epoch <= config.outer.epochs and state.epoch - max(state.best_epoch, 0) <= config.outer.patience:
@@ -57,7 +60,7 @@ def distill(
         pool.encode(encoder.adapters(), lambda done, total: tell.progress("encode", done, total, {}))
         clock.lap("encode")
         h_s = encoder.encode_embeds(state.x_s, batch=config.outer.inject_batch)
-        record = {
+        record: dict[str, Any] = {
             "epoch": state.epoch,
             "val_accuracy": student_accuracy(pool, student, "val"),
             "krr_val_accuracy": accuracy(objective.krr_counts(h_s, state.y_s, "val")),

@@ -17,9 +17,9 @@ import torch
 from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
 from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import TextEncoder
-from talk_dist.runtime.full import fit_full
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit
+from talk_dist.runtime.full import fit_full
 from talk_dist.runtime.outer import Objective, accuracy, macro_f1
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.runtime.shard import StudentState
@@ -184,7 +184,7 @@ def table(rows: Sequence[Row]) -> str:
         kept = retention(rows, row)
         lines.append(
             f"| {row.name} | {row.nodes:,} | {row.bytes:,} | {_spread(row.accuracy)} | {_spread(row.macro_f1)} | "
-            f"{'–' if row.krr_accuracy is None else f'{row.krr_accuracy:.3f}'} | {'–' if kept is None else f'{kept:.3f}'} |"
+            f"{_known(row.krr_accuracy)} | {_known(kept)} |"
         )
     return "\n".join(lines)
 
@@ -197,6 +197,10 @@ def as_metrics(rows: Sequence[Row], config: EvaluateConfig) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "markdown": table(rows),
     }
+
+
+def _known(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _spread(values: Sequence[float]) -> str:

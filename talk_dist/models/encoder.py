@@ -39,7 +39,7 @@ class TextEncoder:
         self.model: nn.Module = load_pretrained(AutoModel.from_pretrained, config.name, dtype=torch.float32)
         self.model.requires_grad_(False)
         self.pooling = _pooling(config, self.model)
-        self.width = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.width = int(self.model.config.hidden_size)
         if config.adapters:
             self._add_adapters()
         self.model.to(self.device).eval()
@@ -52,14 +52,14 @@ class TextEncoder:
     @property
     def token_table(self) -> Tensor:
         """(vocabulary, d_tok) the embedding of every token."""
-        return self.model.get_input_embeddings().weight.detach()  # type: ignore[operator, union-attr]
+        return self.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
 
     @property
     def max_positions(self) -> int:
         """Tokens that a synthetic node can have; RoBERTa's table starts after its padding index."""
         table = [m for name, m in self.model.named_modules() if name.endswith("position_embeddings")]
         padding = getattr(table[0], "padding_idx", None) if table else None
-        limit = int(getattr(self.model.config, "max_position_embeddings", 1 << 30))  # type: ignore[union-attr, arg-type]
+        limit = int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
         return limit if padding is None else limit - padding - 1
 
     @cached_property
@@ -240,7 +240,7 @@ def _cpu_flags() -> str:
 
 
 def _pooling(config: EncoderConfig, model: nn.Module) -> str:
-    """`auto`: what a sentence-transformers checkpoint says, else CLS, or the mean where the first token sees no other."""
+    """`auto`: what a sentence-transformers checkpoint says; else CLS, or the mean for causal models."""
     if config.pooling != "auto":
         return config.pooling
     from transformers.utils import cached_file

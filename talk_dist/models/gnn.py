@@ -9,6 +9,8 @@ weights from global degrees.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ class Student(nn.Module):
         self.config, self.in_dim, self.num_classes = config, in_dim, num_classes
         kind, width, depth = config.kind, config.hidden, config.depth
         dims = [in_dim] + [width] * (depth - 1) + [num_classes]
-        pairs = list(zip(dims[:-1], dims[1:], strict=True))
+        pairs = list(pairwise(dims))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers: list[nn.Module]

@@ -16,7 +16,6 @@ from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import Adapters, TextEncoder
 from talk_dist.models.gnn import Student, self_loops
 
-
 Select = Callable[[Student], float]
 
 
@@ -117,7 +116,9 @@ def train(
             optimizer.zero_grad()
             loss = float(step(index))
             if not math.isfinite(loss):
-                raise ConfigError(f"training diverged: the loss is {loss} in pass {index}; lower inner.gnn_lr or adapter_lr")
+                raise ConfigError(
+                    f"training diverged: the loss is {loss} in pass {index}; lower inner.gnn_lr or adapter_lr"
+                )
             stale = 0 if loss < best_loss else stale + 1
             best_loss = min(best_loss, loss)
             last = stale >= config.patience or loss < config.target_loss or index == config.passes

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -87,3 +90,38 @@ class JsonLines(Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+class Stop(Callback):
+    """SIGINT and SIGTERM as KeyboardInterrupt: at once, and again at the next report if that one was lost
+    (Python drops what is raised in a destructor). ``advice()`` is what to tell the user then.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.advice: Callable[[], str] = lambda: ""
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """While the block runs. Only the main thread can take signals; elsewhere nothing changes."""
+
+        def handle(number: int, frame: object) -> None:
+            self.signal = number
+            raise KeyboardInterrupt
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def progress(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        self.progress("", 0, 0, {})

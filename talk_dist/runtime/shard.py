@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import scipy.sparse as sp
@@ -167,7 +168,7 @@ class Shard:
         kernel = self.spec.kernel
         levels = [np.flatnonzero(self._depth < kernel.hops - hop) for hop in range(kernel.hops)]
         matrices = []
-        for outer, inner in zip(levels[:-1], levels[1:], strict=True):
+        for outer, inner in pairwise(levels):
             matrices.append(self._propagation[inner][:, outer])
         z = torch.from_numpy(self._fields["Z"][levels[0]])
         self._norms = node_norms(z, matrices, kernel.layers, kernel.norms, kernel.degree_cap)
@@ -227,7 +228,8 @@ class Shard:
     def _split(self, rows: np.ndarray, limit: int) -> list[_Chunk]:
         if not len(rows):
             return []
-        fields, matrices = [rows], []
+        fields: list[np.ndarray] = [rows]
+        matrices: list[Tensor] = []
         for _ in range(self.spec.kernel.hops - 1):
             sub: sp.csr_matrix = self._propagation[fields[0]]
             support = np.unique(sub.indices)

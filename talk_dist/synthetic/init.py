@@ -16,9 +16,9 @@ from torch import Tensor
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import TokenLists
 from talk_dist.models.encoder import TextEncoder
-from talk_dist.runtime.outer import Objective, student_accuracy
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
+from talk_dist.runtime.outer import Objective, student_accuracy
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.coresets import allocate, class_centres, select
 

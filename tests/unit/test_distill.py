@@ -65,7 +65,7 @@ def test_a_seed_fixes_the_result_and_another_one_changes_it(run, init, adapters)
 @pytest.mark.parametrize("learn_labels", [False, True])
 def test_the_outer_steps_lower_the_loss_and_move_what_is_learned(run, loss, learn_labels):
     config = settings(outer={"loss": loss, "patience": 9}, synthetic={"learn_labels": learn_labels})
-    synthetic, pool, _ = run(config)
+    synthetic, *_ = run(config)
     losses = [value for record in synthetic.metrics["history"] for value in record.get("loss", [])]
     assert len(losses) == 12
     assert losses[-1] < 0.97 * losses[0]
@@ -173,7 +173,7 @@ def test_fewer_synthetic_nodes_than_classes_is_refused(run):
 
 
 def test_a_loss_that_is_not_finite_is_an_error(run):
-    with pytest.raises(ConfigError, match="diverged.*lower inner.gnn_lr"):
+    with pytest.raises(ConfigError, match=r"diverged.*lower inner\.gnn_lr"):
         run(settings(inner={"gnn_lr": 1e30}))
 
 

@@ -1,0 +1,157 @@
+"""The commands `prepare`, `estimate`, `inspect` and `export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from talk_dist.commands import preflight, report
+from talk_dist.commands.call import EMBEDDED, Call, api_name, given
+from talk_dist.config import DistillConfig
+from talk_dist.data import storage, tables
+from talk_dist.data.prepare import prepare
+from talk_dist.data.python_api import build_python_api
+from talk_dist.data.tag import PreparedTag
+from talk_dist.data.tokenizer import load_pretrained
+from talk_dist.errors import ConfigError, DataError
+from talk_dist.evaluate import EvaluateConfig
+from talk_dist.models.encoder import bfloat16, pick_device
+from talk_dist.runtime import estimate
+from talk_dist.runtime.callbacks import ProgressLines
+from talk_dist.synthetic.artifact import SyntheticTAG
+from talk_dist.synthetic.init import num_synthetic
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Check the tables of a graph, tokenise its texts once, partition it, and publish it for `distill`."""
+
+    nodes: str = ""
+    """Node table (Parquet or CSV: node_id, text, label and, if there is one, split), or `python-api`: the
+    documented API of this interpreter's standard library."""
+    edges: str = ""
+    """Edge table (src, dst); without it the graph has no edges."""
+    out: str = ""
+    """Folder to publish, on any pyarrow.fs path."""
+    ogb: str = ""
+    """Instead of tables: the folder of ogbn-arxiv as OGB unpacks it, with titleabs.tsv.gz in it."""
+    packages: tuple[str, ...] = ()
+    """With python-api: installed packages instead of the standard library, such as torch,transformers."""
+    encoder: str = "minilm"
+    """Encoder whose tokenizer is used: `minilm`, a folder, or a Hugging Face name."""
+    max_tokens: int = 128
+    """Texts are cut to so many tokens."""
+    parts: int = 1
+    """Partitions, each a shard of its own."""
+    method: Literal["auto", "metis", "hash"] = "auto"
+    """How nodes are divided; `auto` is METIS where it is fit, else hash."""
+    halo_hops: int = 1
+    """Depth of the halo: a kernel of K hops needs K - 1."""
+    ratios: tuple[float, float, float] = (0.6, 0.2, 0.2)
+    """Random split into train, val and test, where the tables bring none."""
+    split_seed: int = 0
+    """Seed of the random split."""
+    use_split_column: bool = True
+    """False splits at random even where the table has a split column."""
+    name: str = ""
+    """What cards and tables call the graph; empty: after its file or folder."""
+
+    def run(self, call: Call) -> None:
+        if not self.out:
+            raise ConfigError("--out: say where to publish the prepared graph, such as --out prepared/mygraph")
+        if bool(self.nodes) == bool(self.ogb) or (self.packages and self.nodes != EMBEDDED):
+            raise ConfigError(f"give a node table, {EMBEDDED} (with --packages or not), or --ogb FOLDER: one of them")
+        name = self.name or None
+        if self.ogb:
+            source = tables.from_ogb(self.ogb)
+        elif self.nodes == EMBEDDED:
+            source = tables.from_arrow(*build_python_api(self.packages or None))
+            name = name or api_name(self.packages)
+        else:
+            source = tables.open_tables(self.nodes, self.edges or None)
+        lines = ProgressLines()
+        tag = prepare(
+            source,
+            self.out,
+            encoder=self.encoder,
+            max_tokens=self.max_tokens,
+            parts=self.parts,
+            method=self.method,
+            halo_hops=self.halo_hops,
+            ratios=self.ratios,
+            split_seed=self.split_seed,
+            use_split_column=self.use_split_column,
+            name=name,
+            progress=lambda done, total: lines.progress("tokenise", done, total, {}),
+        )
+        print(report.prepared(self.out, tag.meta))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a distillation will hold and take, from META.json and the settings, before anything runs."""
+
+    data: str = ""
+    """Folder of a prepared graph."""
+    preset: Literal["default", "quick", "paper"] = "default"
+    """Settings to start from."""
+    evaluate: bool = True
+    """Count the evaluation too."""
+
+    def run(self, call: Call, config: DistillConfig) -> None:
+        from transformers import AutoConfig
+
+        if not self.data:
+            raise ConfigError("give the folder of a prepared graph; `talk-dist prepare` makes one")
+        tag, problems = PreparedTag(self.data), preflight.Problems()
+        preflight.check_tag(tag, config, (), problems)
+        problems.done()
+        shape = estimate.ModelShape.of(load_pretrained(AutoConfig.from_pretrained, config.encoder.name))
+        size = num_synthetic(config.synthetic.size, tag.num_nodes)
+        plan = estimate.plan(tag.meta, config, shape, size, EvaluateConfig() if self.evaluate else None)
+        device = torch.device(pick_device(config.encoder.device))
+        rate = estimate.measured_rate(device, bfloat16(config.encoder.precision, device))
+        print(report.plan(self.data, plan, estimate.available_memory(), rate))
+        preflight.refuse_if_too_large(plan)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What is in a prepared graph, an artifact or the folder of a run."""
+
+    path: str = ""
+    """Folder to look into."""
+
+    def run(self, call: Call) -> None:
+        path = preflight.artifact_path(given(self.path, "a prepared graph or an artifact"))
+        if storage.exists(storage.join(path, "META.json")):
+            print(report.prepared(path, PreparedTag(path).meta))
+        elif storage.exists(storage.join(path, "config.json")):
+            print(report.artifact(path, SyntheticTAG.from_pretrained(path)))
+        else:
+            raise DataError(path, "is neither a prepared graph (no META.json) nor an artifact (no config.json)")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an artifact as a file that torch-geometric reads without running code (weights_only=True)."""
+
+    artifact: str = ""
+    """Folder of an artifact, or of the run that made it."""
+    out: str = "synthetic.pt"
+    """File to write."""
+    encodings: bool = False
+    """Encode the synthetic nodes and put the result in as `x`, for models that start from features."""
+
+    def run(self, call: Call) -> None:
+        synthetic = SyntheticTAG.from_pretrained(preflight.artifact_path(given(self.artifact, "an artifact")))
+        encodings = None
+        if self.encodings:
+            config = DistillConfig.from_dict(synthetic.config["distill"])
+            encodings = (
+                preflight.load_encoder(config.encoder).encode_embeds(synthetic.token_embeds, synthetic.mask).cpu()
+            )
+        synthetic.export_pyg(self.out, encodings)
+        print(f"{self.out}: read it with Data.from_dict(torch.load({self.out!r}, weights_only=True))")

@@ -1,0 +1,185 @@
+"""Everything that can be found wrong before a text is encoded, all of it in one error."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from talk_dist.config import DistillConfig, EncoderConfig
+from talk_dist.data import storage
+from talk_dist.data.tag import PreparedTag
+from talk_dist.data.tokenizer import load_tokenizer
+from talk_dist.errors import CapacityError, ConfigError, DataError, TalkDistError
+from talk_dist.evaluate import EvaluateConfig
+from talk_dist.models.encoder import TextEncoder
+from talk_dist.runtime import estimate
+from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
+from talk_dist.synthetic.coresets import allocate
+from talk_dist.synthetic.init import num_synthetic
+
+T = TypeVar("T")
+
+
+class Problems:
+    """Collects what is wrong; `done` raises it as one error."""
+
+    def __init__(self) -> None:
+        self.errors: list[TalkDistError] = []
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """The result of ``action``, or None if it raised an error of ours, which is kept."""
+        try:
+            return action()
+        except TalkDistError as error:
+            self.errors.append(error)
+            return None
+
+    def done(self) -> None:
+        """Raises ConfigError, or the error itself if it is the only one."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise ConfigError(listed([str(error) for error in self.errors]))
+
+
+def listed(problems: Sequence[str]) -> str:
+    """One problem as it is, more of them numbered."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems" + "".join(f"\n  {i}. {p}" for i, p in enumerate(problems, 1))
+
+
+def load_encoder(config: EncoderConfig) -> TextEncoder:
+    """The encoder, without transformers' bars and advice to developers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    load_tokenizer(config.name)  # says at once what is wrong with a name; the model's loader asks the hub for a minute
+    return TextEncoder(config)
+
+
+def check_out(out: str) -> None:
+    """Raises ConfigError unless the run folder ``out`` can be written, and DataError if something is in the way."""
+    if "://" in out:
+        raise ConfigError(f"--out {out}: a run needs a local folder (its log and picture); copy its results afterwards")
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+    artifact = folder / "synthetic"
+    if artifact.exists() and not (artifact / CONFIG).exists() and (artifact.is_file() or os.listdir(artifact)):
+        raise DataError(
+            str(artifact), f"is in the way: it has no {CONFIG}, so it is not replaced; choose another --out"
+        )
+
+
+def check_tag(tag: PreparedTag, config: DistillConfig, splits: Sequence[str], problems: Problems) -> None:
+    """What ``config`` and a prepared graph must have in common, encoder apart."""
+    meta, hops = tag.meta, config.kernel.hops
+    problems.attempt(lambda: allocate(num_synthetic(config.synthetic.size, tag.num_nodes), tag.train_class_counts))
+    halo_hops = meta["partition"]["halo_hops"]
+    if hops > halo_hops + 1:
+        need = f"set --kernel.hops {halo_hops + 1} or prepare it again with --halo_hops {hops - 1}"
+        problems.errors.append(ConfigError(f"kernel.hops = {hops}: {tag.path} has halos for {halo_hops + 1}; {need}"))
+    for split in splits:
+        if not meta["split_sizes"][split]:
+            problems.errors.append(
+                DataError(
+                    tag.path, f"no labelled node is in the {split} split; give it some and prepare the graph again"
+                )
+            )
+
+
+def check_encoder(encoder: TextEncoder, tokens: int, tag: PreparedTag | None, problems: Problems) -> None:
+    """Synthetic nodes must fit the encoder's positions, and its tokenizer must have made the graph's tokens."""
+    positions = min(encoder.max_positions, encoder.tokenizer.max_length)
+    if tokens > positions:
+        name = encoder.config.name
+        problems.errors.append(
+            ConfigError(f"synthetic.tokens = {tokens}: encoder {name!r} has {positions} positions; set that or fewer")
+        )
+    if tag is not None:
+        problems.attempt(lambda: tag.check_tokenizer(encoder.config.name, encoder.tokenizer.fingerprint))
+
+
+def check_memory(
+    tag: PreparedTag, config: DistillConfig, encoder: TextEncoder, evaluation: EvaluateConfig | None
+) -> None:
+    """Raises CapacityError if this machine's free memory is not enough, with what to change."""
+    size = num_synthetic(config.synthetic.size, tag.num_nodes)
+    shape = estimate.ModelShape.of(encoder.model.config)
+    refuse_if_too_large(estimate.plan(tag.meta, config, shape, size, evaluation))
+
+
+def refuse_if_too_large(plan: estimate.Plan) -> None:
+    """Raises CapacityError if ``plan`` needs more than this machine has free."""
+    available = estimate.available_memory()
+    if available is not None and plan.peak > available:
+        raise CapacityError(plan.refusal(available))
+
+
+def check(
+    config: DistillConfig,
+    evaluation: EvaluateConfig | None,
+    out: str,
+    open_data: Callable[[TextEncoder | None], PreparedTag | None],
+) -> tuple[PreparedTag, TextEncoder]:
+    """The graph and the encoder of a run that can work. Raises one error that lists every problem.
+
+    ``open_data`` may need the encoder (to prepare the embedded graph), and gives None without it then.
+    """
+    problems = Problems()
+    problems.attempt(lambda: check_out(out))
+    encoder = problems.attempt(lambda: load_encoder(config.encoder))
+    tag = problems.attempt(lambda: open_data(encoder))
+    if tag is not None:
+        check_tag(tag, config, ("val",) if evaluation is None else ("val", "test"), problems)
+    if encoder is not None:
+        check_encoder(encoder, config.synthetic.tokens, tag, problems)
+    problems.done()
+    assert tag is not None
+    assert encoder is not None
+    check_memory(tag, config, encoder, evaluation)
+    return tag, encoder
+
+
+def check_evaluation(
+    artifact: SyntheticTAG, path: str, tag: PreparedTag, config: DistillConfig, evaluation: EvaluateConfig, force: bool
+) -> TextEncoder:
+    """The encoder, if ``artifact`` can be evaluated on ``tag``. Raises one error that lists every problem.
+
+    ``force`` lets another graph pass if its classes are the same.
+    """
+    problems = Problems()
+    made, here = str(artifact.config.get("dataset_hash")), str(tag.meta["hash"])
+    if artifact.classes != tag.classes:
+        problems.errors.append(DataError(path, f"has the classes {artifact.classes}, but {tag.path} has {tag.classes}"))
+    elif made != here and not force:
+        name = artifact.config.get("dataset")
+        different = f"was made from {name!r} with hash {made[:16]}, but {tag.path} has hash {here[:16]}"
+        problems.errors.append(DataError(path, f"{different}; give that graph, or --force true to use this one"))
+    check_tag(tag, config, ("val", "test"), problems)
+    encoder = problems.attempt(lambda: load_encoder(config.encoder))
+    if encoder is not None:
+        check_encoder(encoder, artifact.token_embeds.shape[1], tag, problems)
+        width = encoder.token_table.shape[1]
+        if artifact.token_embeds.shape[2] != width:
+            wide = f"holds token embeddings {artifact.token_embeds.shape[2]} wide, but the encoder's are {width}"
+            problems.errors.append(DataError(path, wide))
+    problems.done()
+    assert encoder is not None
+    check_memory(tag, config, encoder, evaluation)
+    return encoder
+
+
+def artifact_path(path: str) -> str:
+    """The artifact at ``path``, or inside it if that is the folder of a run."""
+    inside = storage.join(path, "synthetic")
+    return inside if storage.exists(storage.join(inside, CONFIG)) else path

@@ -1,0 +1,154 @@
+"""What the commands print: a prepared graph, an artifact, a plan, an evaluation."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from talk_dist.evaluate import EvaluateConfig, Row, retention, table
+from talk_dist.runtime.estimate import Plan, gib
+from talk_dist.synthetic.artifact import SyntheticTAG
+
+
+def prepared(path: str, meta: dict[str, Any]) -> str:
+    """A prepared graph, from its META.json."""
+    text, part, made = meta["text"], meta["partition"], meta["tokenizer"]
+    split = meta["split"]
+    how = "by the split column" if split["how"] == "column" else f"random, seed {split['seed']}, {split['ratios']}"
+    sizes = ", ".join(f"{name} {count:,}" for name, count in meta["split_sizes"].items())
+    edges = meta["num_edges"]
+    cut = f"{part['edge_cut']:,} edges cut ({part['edge_cut'] / max(1, edges):.1%})"
+    facts = [
+        ("graph", f"{meta['name']}, hash {meta['hash'][:16]}"),
+        ("nodes", f"{meta['num_nodes']:,}, {meta['num_labelled']:,} labelled, {part['isolated']:,} isolated"),
+        ("edges", f"{edges:,} undirected"),
+        ("splits", f"{sizes} ({how})"),
+        ("texts", f"{text['bytes']:,} bytes, {text['train_bytes']:,} of training nodes; {text['tokens']:,} tokens"),
+        ("tokenizer", f"{made['name']}, cut at {made['max_tokens']} tokens ({made['truncated']:,} texts were longer)"),
+        ("parts", f"{part['parts']} ({part['method']}: {part['why']}), {cut}"),
+        ("halo", f"{part['halo_ratio']:.2f} of the nodes, {part['halo_hops']} hops"),
+    ]
+    counts, names = meta["class_counts"], ["all", "train", "val", "test"]
+    classes = [[label, *(counts[name][i] for name in names)] for i, label in enumerate(meta["classes"])]
+    blocks = [_facts(f"{path}: a prepared graph", facts), _columns(["class", *names], classes)]
+    if len(meta["parts"]) > 1:
+        names = ["nodes", "halo", "entries", "tokens", "train"]
+        rows = [[str(i), *(record[name] for name in names)] for i, record in enumerate(meta["parts"])]
+        blocks.append(_columns(["part", *names], rows))
+    return "\n\n".join(blocks)
+
+
+def artifact(path: str, tag: SyntheticTAG) -> str:
+    """An artifact: its sizes, what it reached, and the nearest tokens of each synthetic node."""
+    c, m = tag.config, tag.metrics
+    nodes, tokens, width = tag.token_embeds.shape
+    labels = tag.labels.argmax(1).tolist()
+    text = c.get("text_bytes", {})
+    share = f", {tag.num_bytes() / text['train_bytes']:.1%} of the training texts' bytes" if text else ""
+    facts = [
+        (
+            "made from",
+            f"{c.get('dataset')}, {c.get('num_real_nodes', 0):,} nodes, hash {c.get('dataset_hash', '')[:16]}",
+        ),
+        ("size", f"{nodes} nodes of {tokens} token embeddings ({width} wide)"),
+        ("bytes", f"{tag.num_bytes():,} as {c.get('storage', 'float32')}{share}"),
+        ("encoder", f"{c.get('encoder', {}).get('name')}, {c.get('encoder', {}).get('pooling')} pooling"),
+        ("validation", f"accuracy {m['val_accuracy']:.4f} while distilling" if "val_accuracy" in m else "not measured"),
+        ("command", c.get("command", "not recorded")),
+    ]
+    blocks = [_facts(f"{path}: a synthetic graph", facts)]
+    counts = [[name, labels.count(i)] for i, name in enumerate(tag.classes)]
+    blocks.append(_columns(["class", "synthetic nodes"], counts))
+    if "evaluation" in m:
+        blocks.append(m["evaluation"]["markdown"])
+    if c.get("readings"):
+        width = max(len(name) for name in tag.classes)
+        read = [f"  {tag.classes[y]:<{width}}  {line}" for y, line in zip(labels, c["readings"], strict=True)]
+        blocks.append("nearest tokens of each synthetic node\n" + "\n".join(read))
+    return "\n\n".join(blocks)
+
+
+def plan(path: str, found: Plan, available: int | None, rate: float) -> str:
+    """Memory and time of a distillation."""
+    arrays = {name: sum(shard[name] for shard in found.shards) for name in found.shards[0]}
+    memory = [[f"  {name}", gib(size)] for name, size in arrays.items()]
+    memory += [[name, gib(size)] for name, size in found.held.items()]
+    memory += [[f"while: {name}", gib(size)] for name, size in found.working.items()]
+    memory += [["peak", gib(found.peak)], ["free now", "unknown" if available is None else gib(available)]]
+    shards = [[f"shards ({len(found.shards)})", gib(sum(arrays.values()))]]
+    seconds = found.seconds(rate)
+    times = [[name, _duration(value)] for name, value in seconds.items()]
+    times.append(["together", _duration(sum(seconds.values()))])
+    return "\n\n".join(
+        [
+            f"{path}: {found.nodes} synthetic nodes, an artifact of {found.artifact_bytes:,} bytes",
+            _columns(["memory", ""], shards + memory),
+            _columns([f"time at {rate / 1e9:.0f} GFLOP/s (measured now; a factor of two is usual)", ""], times),
+        ]
+    )
+
+
+def summary(rows: Sequence[Row], tag: SyntheticTAG, config: EvaluateConfig) -> str:
+    """The result in one sentence."""
+    row, real = rows[0], tag.config.get("num_real_nodes")
+    text = tag.config.get("text_bytes", {}).get("train_bytes")
+    inside = [f"{row.nodes / real:.1%} of {real:,}"] if real else []
+    inside += [f"{row.bytes:,} bytes" + (f", {row.bytes / text:.1%} of the training texts" if text else "")]
+    line = f"A {config.student.kind.upper()} trained on {row.nodes} synthetic nodes ({'; '.join(inside)}) "
+    line += f"reaches a test accuracy of {np.mean(row.accuracy):.3f} ± {np.std(row.accuracy):.3f}"
+    kept, full = retention(rows, row), next((r for r in rows if r.name == "full"), None)
+    if kept is None or full is None:
+        return line + "."
+    return line + f": {kept:.1%} of the {np.mean(full.accuracy):.3f} that the {full.nodes:,} training nodes give."
+
+
+def evaluation(rows: Sequence[Row], tag: SyntheticTAG, config: EvaluateConfig, command: str, took: str) -> str:
+    """evaluation.md: the table, and what it takes to get it again."""
+    recipe, student = config.recipe, config.student
+    how = (
+        f"Mean ± standard deviation over {config.seeds} seeds. Every student is a {student.kind.upper()} of "
+        f"{student.depth} hops and width {student.hidden}, trained for at most {recipe.passes} passes at learning rate "
+        f"{recipe.gnn_lr:g}; the pass is chosen on the validation nodes, the test nodes are scored once. Bytes: the "
+        "synthetic set as stored, the token ids of a coreset, the texts of the full training set. KRR: the kernel "
+        "predictor, without a student. Retention: relative to the full set."
+    )
+    made = f"Data set hash `{tag.config.get('dataset_hash')}`. Seconds: {took}. Machine: {machine()}."
+    title = f"# {tag.config.get('dataset')}: synthetic against real"
+    return "\n\n".join([title, summary(rows, tag, config), table(rows), how, f"```\n{command}\n```", made]) + "\n"
+
+
+def machine() -> str:
+    """The hardware and versions beside a number."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    processor = f"{next(names, platform.machine())}, {torch.get_num_threads()} threads{gpu}"
+    return f"{processor}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _facts(title: str, facts: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in facts)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in facts)])
+
+
+def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned columns: the first to the left, numbers to the right."""
+    cells = [list(names)] + [[f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    lines = []
+    for first, *rest in cells:
+        numbers = [value.rjust(width) for value, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(["", first.ljust(widths[0]), *numbers]).rstrip())
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

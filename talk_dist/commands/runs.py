@@ -1,0 +1,185 @@
+"""The commands `distill` and `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from talk_dist.commands import preflight, report
+from talk_dist.commands.call import EMBEDDED, Call, api_name, given
+from talk_dist.config import DistillConfig
+from talk_dist.data import storage, tables
+from talk_dist.data.prepare import prepare
+from talk_dist.data.python_api import build_python_api
+from talk_dist.data.tag import PreparedTag
+from talk_dist.distill import distill
+from talk_dist.errors import ConfigError, DataError, TalkDistError
+from talk_dist.evaluate import EvaluateConfig, as_metrics, evaluate, table
+from talk_dist.models.encoder import TextEncoder
+from talk_dist.runtime.callbacks import Callback, JsonLines, ProgressLines
+from talk_dist.runtime.checkpoint import Checkpoint
+from talk_dist.runtime.pool import LocalPool
+from talk_dist.synthetic.artifact import SyntheticTAG
+from talk_dist.synthetic.decode import readings
+from talk_dist.synthetic.plot import plot
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distil a prepared graph, or the embedded one, into a synthetic graph."""
+
+    data: str = EMBEDDED
+    """Folder of a prepared graph, or `python-api`: the API of this interpreter's standard library."""
+    out: str = "runs/python-api"
+    """Folder of the run: checkpoint, log, the artifact `synthetic/`, and the evaluation."""
+    preset: Literal["default", "quick", "paper"] = "default"
+    """Settings to start from. quick: minutes on two cores; paper: TaLK (arXiv 2606.22975) to the letter."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the last finished epoch of the same run; `never` starts over."""
+    evaluate: bool = False
+    """Afterwards train fresh students on the result and on its rivals, as `evaluation` says, and compare."""
+
+    def run(self, call: Call, config: DistillConfig, evaluation: EvaluateConfig) -> None:
+        out, lines = Path(self.out).expanduser(), ProgressLines()
+        tag, encoder = preflight.check(
+            config,
+            evaluation if self.evaluate else None,
+            self.out,
+            lambda encoder: self._open(out, encoder, config, lines),
+        )
+        pool = LocalPool(tag, encoder, config.kernel, config.runtime)
+        path = str(out / "checkpoint.safetensors")
+        checkpoint = Checkpoint(path, identity(tag, encoder, config), self.resume == "auto")
+        saved = checkpoint.load()
+        call.stop.advice = lambda: self._advice(call, checkpoint)
+        log = JsonLines(out / "log.jsonl")
+        log.path.write_text("".join(json.dumps(record) + "\n" for record in saved.history) if saved else "")
+        if saved:
+            print(f"going on with what {path} holds: {_epochs(saved.epoch)}")
+        call.lap("prepare")
+        synthetic = distill(pool, encoder, config, [call.stop, lines, log], checkpoint)
+        about = {"command": call.command, "readings": readings(synthetic, encoder)}
+        synthetic = replace(synthetic, config=synthetic.config | about)
+        synthetic.save_pretrained(out / "synthetic")
+        call.lap("distill")
+        if self.evaluate:
+            _evaluate(call, pool, encoder, synthetic, config, evaluation, str(out / "synthetic"), out)
+            return
+        print(f"{len(synthetic)} synthetic nodes, {synthetic.num_bytes():,} bytes: {out / 'synthetic'}")
+        print(f"evaluate them: talk-dist evaluate {shlex.quote(self.out)} --data {shlex.quote(tag.path)}")
+
+    def _advice(self, call: Call, checkpoint: Checkpoint) -> str:
+        words = iter(call.arguments)
+        again = ["talk-dist"]
+        for word in words:
+            if word == "--resume":
+                next(words, None)
+            elif not word.startswith("--resume="):
+                again.append(word)
+        try:
+            saved = Checkpoint(checkpoint.path, checkpoint.identity).load()
+        except TalkDistError:  # of another run, which `--resume never` was about to replace
+            saved = None
+        done = f"{checkpoint.path} holds {_epochs(saved.epoch)}" if saved else "Nothing is saved yet"
+        return f"{done}; go on with:\n  {shlex.join(again)}"
+
+    def _open(
+        self, out: Path, encoder: TextEncoder | None, config: DistillConfig, lines: Callback
+    ) -> PreparedTag | None:
+        if self.data != EMBEDDED:
+            return PreparedTag(self.data)
+        if encoder is None:
+            return None
+        folder, hops = str(out / "prepared"), max(1, config.kernel.hops - 1)
+        if storage.exists(storage.join(folder, "META.json")):
+            tag = PreparedTag(folder)
+            made = tag.meta["tokenizer"]["fingerprint"], tag.meta["name"]
+            if made == (encoder.tokenizer.fingerprint, api_name()) and tag.meta["partition"]["halo_hops"] >= hops:
+                return tag
+        print("reading the standard library's own documentation into a graph")
+        source = tables.from_arrow(*build_python_api())
+        return prepare(
+            source,
+            folder,
+            encoder=config.encoder.name,
+            max_tokens=min(128, encoder.tokenizer.max_length),
+            halo_hops=hops,
+            name=api_name(),
+            progress=lambda done, total: lines.progress("tokenise", done, total, {}),
+        )
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Train fresh students on an artifact, and on what it is compared with, and score them on the real graph."""
+
+    artifact: str = ""
+    """Folder of an artifact, or of the run that made it."""
+    data: str = ""
+    """Folder of the prepared graph; empty: the `prepared/` beside the artifact."""
+    force: bool = False
+    """Evaluate on a graph that is not the one the artifact was made from."""
+
+    def run(self, call: Call, evaluation: EvaluateConfig) -> None:
+        path = preflight.artifact_path(given(self.artifact, "an artifact"))
+        beside = str(Path(path).parent / "prepared")
+        if not self.data and not storage.exists(beside):
+            raise ConfigError("--data: give the folder of the prepared graph that the artifact was made from")
+        synthetic, tag = SyntheticTAG.from_pretrained(path), PreparedTag(self.data or beside)
+        if "distill" not in synthetic.config:
+            raise DataError(path, "does not say how it was distilled (config.json has no `distill`); distil it again")
+        config = DistillConfig.from_dict(synthetic.config["distill"])
+        encoder = preflight.check_evaluation(synthetic, path, tag, config, evaluation, self.force)
+        pool = LocalPool(tag, encoder, config.kernel, config.runtime)
+        call.lap("prepare")
+        _evaluate(call, pool, encoder, synthetic, config, evaluation, path, None)
+
+
+def identity(tag: PreparedTag, encoder: TextEncoder, config: DistillConfig) -> dict[str, Any]:
+    """All that decides the bits of a run: it can only be resumed where all this is the same."""
+    settings = {name: value for name, value in config.to_dict().items() if name != "runtime"}
+    here = {"data hash": tag.meta["hash"], "threads": torch.get_num_threads(), "weights": encoder.fingerprint}
+    return settings | here
+
+
+def _evaluate(
+    call: Call,
+    pool: LocalPool,
+    encoder: TextEncoder,
+    synthetic: SyntheticTAG,
+    config: DistillConfig,
+    evaluation: EvaluateConfig,
+    path: str,
+    folder: Path | None,
+) -> None:
+    """Evaluate, write the table into the artifact at ``path`` and, with the picture, into ``folder``, and print it."""
+    lines = ProgressLines()
+
+    def progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        for callback in (call.stop, lines):
+            callback.progress(stage, done, total, metrics)
+
+    rows = evaluate(pool, encoder, synthetic, config, evaluation, progress)
+    call.lap("evaluate")
+    took = ", ".join(f"{name} {value:.0f}" for name, value in call.seconds.items())
+    about = {"command": call.command, "machine": report.machine(), "seconds": call.seconds}
+    metrics = synthetic.metrics | {"evaluation": as_metrics(rows, evaluation) | about}
+    synthetic = replace(synthetic, metrics=metrics)
+    synthetic.save_pretrained(path)
+    print(table(rows), "", report.summary(rows, synthetic, evaluation), "", f"artifact    {path}", sep="\n")
+    if folder is not None:
+        text = report.evaluation(rows, synthetic, evaluation, call.command, took)
+        storage.write_atomic(folder / "evaluation.md", text.encode())
+        print(f"evaluation  {folder / 'evaluation.md'}")
+        print(f"picture     {plot(synthetic.metrics, str(synthetic.config['dataset']), folder / 'run.png')}")
+    print(f"seconds     {took}")
+
+
+def _epochs(finished: int) -> str:
+    """Epoch 0 is the start, evaluated; nothing is finished while the start itself is all there is."""
+    return f"{finished} finished epochs" if finished else "the start, before the first epoch"

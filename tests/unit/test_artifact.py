@@ -1,0 +1,176 @@
+"""The artifact: what is saved is read again, in every number format; damage is told, a full disk harms nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch_geometric.data import Data
+
+from talk_dist.data import storage
+from talk_dist.errors import DataError
+from talk_dist.runtime.checkpoint import Checkpoint, DistillState
+from talk_dist.synthetic.artifact import SyntheticTAG
+
+FORMATS = ("float32", "bfloat16", "int8")
+
+
+def make(kind="float32", mask=False, seed=0, **metrics):
+    """Five nodes of four tokens in three classes; rows of tokens differ a thousandfold in size."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 4, 8, generator=generator) * torch.logspace(-2, 1, 4)[None, :, None]
+    x[0, 0] = 0.0
+    labels = torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 2, 2]), 3).float()
+    keep = torch.tensor([[1, 1, 1, 0]] * 5) if mask else None
+    config = {"storage": kind, "classes": ["ash", "birch", "cedar"], "dataset": "trees", "num_real_nodes": 500}
+    return SyntheticTAG(x, labels, keep, config, metrics)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_round_trip(kind, mask, tmp_path):
+    tag = make(kind, mask, val_accuracy=0.5)
+    tag.save_pretrained(tmp_path / "a")
+    back = SyntheticTAG.from_pretrained(tmp_path / "a")
+    assert back.token_embeds.dtype == torch.float32
+    error = (back.token_embeds - tag.token_embeds).abs()
+    bound = {
+        "float32": torch.zeros(()),
+        "bfloat16": tag.token_embeds.abs() * 2**-8,  # eight bits of mantissa
+        "int8": tag.token_embeds.abs().amax(-1, keepdim=True) / 254 * (1 + 1e-5),  # half a step of a token's scale
+    }[kind]
+    assert (error <= bound).all()
+    assert back.labels.equal(tag.labels)
+    assert (back.mask is None) if not mask else back.mask.equal(tag.mask)
+    assert (back.config, back.metrics) == (tag.config, tag.metrics)
+    assert back.token_embeds.equal(tag.as_stored().token_embeds)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_second_round_changes_nothing_and_bytes_are_those_on_disk(kind, tmp_path):
+    tag = make(kind).as_stored()
+    tag.save_pretrained(tmp_path / "a")
+    again = SyntheticTAG.from_pretrained(tmp_path / "a")
+    assert torch.allclose(again.token_embeds, tag.token_embeds, rtol=1e-6, atol=0.0)
+    size = (tmp_path / "a" / "synthetic.safetensors").stat().st_size
+    assert tag.num_bytes() <= size <= tag.num_bytes() + 1024
+    assert tag.num_bytes() == {"float32": 640, "bfloat16": 320, "int8": 160 + 80}[kind] + 60
+
+
+def test_int8_scales_each_token_by_itself():
+    tag = make("int8")
+    relative = (tag.as_stored().token_embeds - tag.token_embeds).norm(dim=-1) / tag.token_embeds.norm(dim=-1)
+    assert relative[1:].max() < 0.01
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200, -1])
+def test_truncated_tensors(keep, tmp_path):
+    make().save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "synthetic.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"synthetic\.safetensors cannot be read"):
+        SyntheticTAG.from_pretrained(tmp_path / "a")
+
+
+def test_what_else_can_be_wrong_with_a_folder(tmp_path):
+    with pytest.raises(DataError, match="talk-dist distill"):
+        SyntheticTAG.from_pretrained(tmp_path / "nothing")
+    make().save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "synthetic.safetensors"
+    whole = file.read_bytes()
+    save_file({"labels": torch.zeros(2, 3)}, file)
+    with pytest.raises(DataError, match="has no token_embeds"):
+        SyntheticTAG.from_pretrained(tmp_path / "a")
+    file.unlink()
+    with pytest.raises(DataError, match="no such file"):
+        SyntheticTAG.from_pretrained(tmp_path / "a")
+    file.write_bytes(whole)
+    (tmp_path / "a" / "metrics.json").write_text('{"val')
+    with pytest.raises(DataError, match="JSON"):
+        SyntheticTAG.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("file", ["synthetic.safetensors", "metrics.json", "README.md", "config.json"])
+def test_a_full_disk_leaves_the_artifact_of_before(file, tmp_path, monkeypatch):
+    make(seed=1).save_pretrained(tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+
+    def full(write):
+        def attempt(self, data, *args, **kwargs):
+            if self.name == file:
+                write(self, data[: len(data) // 2], *args, **kwargs)
+                raise OSError(errno.ENOSPC, "No space left on device", str(self))
+            return write(self, data, *args, **kwargs)
+
+        return attempt
+
+    monkeypatch.setattr(Path, "write_bytes", full(Path.write_bytes))
+    monkeypatch.setattr(Path, "write_text", full(Path.write_text))
+    with pytest.raises(OSError, match="No space left"):
+        make(seed=2).save_pretrained(tmp_path / "a")
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert SyntheticTAG.from_pretrained(tmp_path / "a").token_embeds.equal(make(seed=1).token_embeds)
+
+
+def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path, monkeypatch):
+    def state(epoch):
+        return DistillState(torch.full((2, 3, 4), float(epoch)), torch.eye(2), torch.tensor(0.5), epoch=epoch)
+
+    checkpoint = Checkpoint(str(tmp_path / "c"), {"seed": 0})
+    checkpoint.save(state(1))
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(state(2))
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert checkpoint.load().epoch == 1
+
+
+def test_to_pyg():
+    data = make(mask=True).to_pyg(torch.ones(5, 6))
+    assert isinstance(data, Data)
+    assert data.validate()
+    assert data.has_self_loops()
+    assert (data.num_nodes, data.num_edges) == (5, 5)
+    assert data.y.tolist() == [0, 0, 1, 2, 2]
+    assert data.x.shape == (5, 6)
+    assert data.mask.shape == (5, 4)
+    assert "x" not in make().to_pyg()
+
+
+def test_an_export_loads_without_running_code(tmp_path):
+    tag = make("int8").as_stored()
+    tag.export_pyg(tmp_path / "a.pt", torch.ones(5, 6))
+    data = Data.from_dict(torch.load(tmp_path / "a.pt", weights_only=True))
+    assert data.validate()
+    assert data.token_embeds.equal(tag.token_embeds)
+    assert data.y_soft.equal(tag.labels)
+    assert (data.num_nodes, data.x.shape) == (5, (5, 6))
+
+
+def test_the_card_says_what_it_is(tmp_path):
+    tag = make("int8", val_accuracy=0.876)
+    about = {"command": "talk-dist distill --data x", "readings": ["a | b", "c", "d", "e", "f"]}
+    replace(tag, config=tag.config | about).save_pretrained(tmp_path / "a")
+    card = (tmp_path / "a" / "README.md").read_text()
+    for words in (
+        "trees",
+        "5 (1.00% of 500)",
+        "300 (int8",
+        "87.6 %",
+        "talk-dist distill --data x",
+        "| ash | a \\| b |",
+    ):
+        assert words in card
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["dataset"] == "trees"

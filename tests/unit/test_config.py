@@ -1,0 +1,97 @@
+"""Settings: each documented, each checked where it is made, and the whole of them written and read again."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+
+import pytest
+
+from talk_dist import config as module
+from talk_dist.config import DistillConfig, InnerConfig, OuterConfig, preset
+from talk_dist.errors import ConfigError
+from talk_dist.evaluate import EvaluateConfig
+
+SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(DistillConfig) if field.name != "seed"}
+
+
+@pytest.mark.parametrize("name", ["default", "quick", "paper"])
+def test_a_configuration_survives_json(name):
+    config = preset(name)
+    assert DistillConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_presets():
+    assert preset() == preset("default") == DistillConfig()
+    paper = preset("paper")
+    assert (paper.synthetic.tokens, paper.encoder.pooling, paper.outer.loss) == (256, "cls", "mse")
+    assert paper.encoder.adapters
+    with pytest.raises(ConfigError, match="'fast'; one of default, quick, paper"):
+        preset("fast")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("encoder", {"rank": 0, "dropout": 1.0, "batch_tokens": 0}),
+        ("kernel", {"hops": 0, "layers": 0, "ridge": -1e-3, "chunk_mib": 0}),
+        ("synthetic", {"size": 0, "tokens": 0}),
+        ("two_stage", {"feature_steps": -1, "token_steps": -1, "validate_every": 0}),
+        ("student", {"hidden": 0, "depth": 0, "dropout": -0.1}),
+        ("inner", {"passes": 0, "gnn_lr": 0.0, "adapter_lr": 0.0, "patience": 0}),
+        ("outer", {"epochs": -1, "steps": 0, "lr": 0.0, "patience": 0, "inject_batch": 0}),
+        ("runtime", {"threads": -1}),
+    ],
+)
+def test_every_broken_rule_is_named_with_its_value(section, values):
+    with pytest.raises(ConfigError) as error:
+        SECTIONS[section](**values)
+    for name, value in values.items():
+        assert f"{section}.{name} = {value!r}: " in str(error.value)
+
+
+@pytest.mark.parametrize("size", [2.5, -1, 0.0])
+def test_sizes_that_are_neither_a_share_nor_a_count(size):
+    with pytest.raises(ConfigError, match=r"synthetic\.size"):
+        DistillConfig.from_dict({"synthetic": {"size": size}})
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong", "nearest"),
+    [
+        ({"sed": 1}, "sed", "seed"),
+        ({"outer": {"label_rl": 1}}, "outer.label_rl", "outer.label_lr"),
+        ({"encoder": {"pool": "cls"}}, "encoder.pool", "encoder.pooling"),
+        ({"kernal": {}}, "kernal", "kernel"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(values, wrong, nearest):
+    with pytest.raises(ConfigError) as error:
+        DistillConfig.from_dict(values)
+    assert f"unknown setting {wrong!r}; the nearest known one is {nearest!r}" in str(error.value)
+
+
+def test_evaluation_settings():
+    assert EvaluateConfig().recipe == InnerConfig(patience=EvaluateConfig().recipe.patience)
+    for wrong in ({"seeds": 0}, {"against": ("full", "everything")}):
+        with pytest.raises(ConfigError, match="evaluate"):
+            EvaluateConfig(**wrong)
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        OuterConfig().lr = 1.0
+
+
+def test_every_field_is_documented():
+    """The help of the command line is made of these."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if not isinstance(node, ast.ClassDef) or node.name == "DistillConfig":
+            continue
+        assert ast.get_docstring(node), node.name
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert documented, f"{node.name}.{field.target.id}"

@@ -1,0 +1,110 @@
+"""The plan of a run: counted bytes are those of a real shard; what cannot fit is refused with what to change."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from talk_dist.commands import preflight
+from talk_dist.config import DistillConfig, preset
+from talk_dist.errors import CapacityError
+from talk_dist.evaluate import EvaluateConfig
+from talk_dist.runtime import estimate
+from talk_dist.runtime.estimate import ModelShape, plan
+from talk_dist.synthetic.artifact import SyntheticTAG
+
+MINILM = ModelShape(width=384, layers=6, inner=1536, heads=12, vocabulary=30522, positions=512)
+
+
+def with_values(config, **sections):
+    """config with single fields of its sections changed."""
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("parts", [1, 7])
+def test_counted_bytes_are_those_of_real_shards(tags, make_encoder, make_pool, parts, precision):
+    encoder = make_encoder()
+    pool = make_pool(encoder, parts, precision=precision)
+    config = with_values(DistillConfig(), kernel={"precision": precision})
+    found = plan(tags[parts].meta, config, ModelShape.of(encoder.model.config), 5, None)
+    assert len(found.shards) == parts
+    for shard, counted in zip(pool.shards, found.shards, strict=True):
+        part = shard.part
+        assert counted["tokens"] == part.tokens.values.nbytes + part.tokens.offsets.nbytes
+        assert counted["H"] == shard._fields["H"].nbytes
+        assert counted["Z"] == shard._fields["Z"].nbytes
+        graph = [
+            part.indptr,
+            part.indices,
+            part.degree,
+            part.halo_node,
+            part.halo_owner,
+            part.halo_row,
+            part.halo_depth,
+        ]
+        ids = [part.node, part.label, part.split, np.zeros(part.num_own, np.int64)]
+        assert counted["graph"] == pytest.approx(sum(a.nbytes for a in [*graph, *ids]), rel=0.15)
+
+
+def test_model_sizes(make_encoder):
+    model = make_encoder().model
+    real = sum(p.numel() * 4 for p in model.parameters())
+    assert ModelShape.of(model.config).bytes == pytest.approx(real, rel=0.1)
+    assert MINILM.bytes == pytest.approx(4 * 22.7e6, rel=0.02)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_bytes_of_the_artifact(tags, storage):
+    config = with_values(DistillConfig(), synthetic={"storage": storage, "tokens": 9})
+    found = plan(tags[1].meta, config, MINILM, 5, None)
+    real = SyntheticTAG(torch.randn(5, 9, 384), torch.zeros(5, 3), config={"storage": storage}).num_bytes()
+    assert found.artifact_bytes == real
+
+
+def test_more_work_costs_more(tags):
+    meta, config = tags[2].meta, preset("quick")
+
+    def seconds(changed, evaluation=None):
+        return plan(meta, changed, MINILM, 5, evaluation).seconds(1e11)
+
+    base = seconds(config)
+    assert set(base) == {"encode", "initialise", "outer epochs"}
+    assert all(value > 0 for value in base.values())
+    assert seconds(with_values(config, encoder={"adapters": True}))["encode"] > base["encode"]
+    assert seconds(with_values(config, outer={"epochs": 50}))["outer epochs"] > base["outer epochs"]
+    assert seconds(with_values(config, synthetic={"init": "medoid"}))["initialise"] == 0
+    few, many = (seconds(config, EvaluateConfig(seeds=n))["evaluate"] for n in (1, 4))
+    assert many == pytest.approx(4 * few)
+
+
+def test_memory_grows_with_what_is_held(tags):
+    meta, config = tags[2].meta, DistillConfig()
+    base = plan(meta, config, MINILM, 5, None)
+    assert plan(meta, config, MINILM, 5000, None).peak > base.peak
+    assert plan(meta, with_values(config, kernel={"precision": "float64"}), MINILM, 5, None).peak >= base.peak
+    assert base.peak > estimate.BASE_BYTES + MINILM.bytes
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        ({"encoder": {"batch_tokens": 10**9}}, "--encoder.batch_tokens"),
+        ({"outer": {"inject_batch": 10**6}, "synthetic": {"tokens": 512}}, "--outer.inject_batch"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_a_remedy(tags, config, advice):
+    found = plan(tags[1].meta, with_values(DistillConfig(), **config), MINILM, 50_000, None)
+    with pytest.raises(CapacityError, match=advice) as error:
+        preflight.refuse_if_too_large(found)
+    assert "GiB" in str(error.value)
+
+
+def test_what_the_machine_says():
+    assert 0 < estimate.available_memory() < 2**60
+    assert estimate.measured_rate(torch.device("cpu"), False, seconds=0.05) > 1e6
+    assert [estimate.gib(n) for n in (512, 3 << 20, 5 << 30)] == ["0.5 KiB", "3 MiB", "5.0 GiB"]

@@ -1,0 +1,108 @@
+"""Settings from files and options: which wins, how they print, and what every kind of mistake gets."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from talk_dist.cli import COMMANDS, main
+from talk_dist.commands.settings import read
+from talk_dist.config import DistillConfig, preset
+
+
+@pytest.fixture
+def told(capsys):
+    """told(*arguments, code=0) -> (stdout, stderr) of the command line."""
+
+    def run(*arguments, code=0):
+        result = main([str(word) for word in arguments])
+        out, err = capsys.readouterr()
+        assert result == code, err
+        assert "Traceback" not in err
+        return out, err
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["default", "quick", "paper"])
+def test_printed_settings_are_read_back_the_same(name, told, tmp_path):
+    arguments = ["--preset", name, "--outer.lr", "0.002", "--encoder.targets", "query,value", "--seed", "5"]
+    printed, _ = told("distill", *arguments, "--print_config")
+    (tmp_path / "c.yaml").write_text(printed)
+    assert told("distill", "--config", tmp_path / "c.yaml", "--print_config")[0] == printed
+    options, config, evaluation = read(COMMANDS["distill"], ["--config", str(tmp_path / "c.yaml")])
+    assert (options, config, evaluation) == read(COMMANDS["distill"], arguments)
+    assert (config.outer.lr, config.encoder.targets, config.seed) == (0.002, ("query", "value"), 5)
+    assert config.synthetic == preset(name).synthetic
+
+
+def test_the_later_wins(tmp_path):
+    (tmp_path / "c.yaml").write_text("preset: paper\nouter: {lr: 1e-3, steps: 3}\nevaluation: {against: [full]}\n")
+    arguments = ["--config", str(tmp_path / "c.yaml"), "--outer.steps=4"]
+    options, config, evaluation = read(COMMANDS["distill"], arguments)
+    assert options.preset == "paper"
+    assert config.synthetic.tokens == 256
+    assert (config.outer.lr, config.outer.steps) == (1e-3, 4)
+    assert evaluation.against == ("full",)
+    assert read(COMMANDS["distill"], [*arguments, "--preset", "default"])[1].synthetic == DistillConfig().synthetic
+
+
+def test_every_wrong_setting_is_named_at_once(told, tmp_path):
+    tree = {"encoder": {"rnk": 3, "rank": "x"}, "outer": 3, "foo": {"a": 1}, "evaluation": {"seeds": "many"}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    _, err = told(
+        "distill", "--config", tmp_path / "c.yaml", "--synthetic.int", "medoid", "--synthetic.init", "best",
+        "--evaluation.against", "full,none", "--encoder", "minilm", "--encoder.adapters", "maybe", code=2,
+    )  # fmt: skip
+    for problem in (
+        "unknown setting 'encoder.rnk'; the nearest known one is 'encoder.rank'",
+        "unknown setting 'foo'",
+        "unknown setting '--synthetic.int'; the nearest known one is '--synthetic.init'",
+        "c.yaml: encoder.rank = 'x': must be a whole number",
+        "c.yaml: outer = 3: must be a section",
+        "c.yaml: evaluation.seeds = 'many': must be a whole number",
+        "--synthetic.init = 'best': must be one of random, medoid, two-stage",
+        "--evaluation.against = 'full,none': must be a list such as a,b, each one of full, random",
+        "--encoder = 'minilm': must be a section: set one of name, ",
+        "--encoder.adapters = 'maybe': must be true or false",
+    ):
+        assert problem in err
+    assert "10 problems" in err
+
+
+def test_values_out_of_range_are_named_where_they_were_set(told):
+    _, err = told("distill", "--outer.lr", "-1", "--evaluation.recipe.passes", "0", "--inner.patience", "0", code=2)
+    for problem in ("outer.lr = -1.0: positive", "evaluation.recipe.passes = 0: ", "inner.patience = 0: at least 1"):
+        assert problem in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["distil"], "unknown setting 'distil'; the nearest known one is 'distill'"),
+        (["distill", "somewhere"], "unexpected argument 'somewhere'"),
+        (["distill", "--data"], "--data: a value is missing"),
+        (["distill", "--data", "--out", "x"], "--data: a value is missing"),
+        (["distill", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["distill", "--preset", "fast"], "unknown preset 'fast'; one of default, quick, paper"),
+        (["prepare", "nodes.csv"], "--out"),
+        (["prepare", "--out", "x"], "give a node table"),
+        (["prepare", "nodes.csv", "--packages", "torch", "--out", "x"], "one of them"),
+        (["prepare", "absent.csv", "--out", "x"], "absent.csv"),
+        (["inspect"], "give the folder"),
+        (["inspect", "."], "neither a prepared graph (no META.json) nor an artifact"),
+        (["evaluate", "."], "--data: give the folder"),
+        (["export", "."], "is no synthetic TAG"),
+        (["estimate", "."], "is not a prepared TAG"),
+    ],
+)
+def test_one_message_and_exit_code_two(arguments, problem, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert problem in told(*arguments, code=2)[1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["encoder: [", "- 1\n- 2\n", "just words"])
+def test_yaml_that_holds_no_settings(text, told, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    assert "c.yaml" in told("distill", "--config", tmp_path / "c.yaml", code=2)[1]
