@@ -93,13 +93,15 @@ def plan(path: str, found: Plan, available: int | None, rate: float) -> str:
     )
 
 
-def summary(rows: Sequence[Row], tag: SyntheticTAG, config: EvaluateConfig) -> str:
+def summary(rows: Sequence[Row], tag: SyntheticTAG, config: EvaluateConfig, adapters: bool) -> str:
     """The result in one sentence."""
     row, real = rows[0], tag.config.get("num_real_nodes")
     text = tag.config.get("text_bytes", {}).get("train_bytes")
     inside = [f"{row.nodes / real:.1%} of {real:,}"] if real else []
     inside += [f"{row.bytes:,} bytes" + (f", {row.bytes / text:.1%} of the training texts" if text else "")]
-    line = f"A {config.student.kind.upper()} trained on {row.nodes} synthetic nodes ({'; '.join(inside)}) "
+    encoder = "an encoder with LoRA adapters" if adapters else "the frozen encoder"
+    line = f"A {config.student.kind.upper()} on {encoder}, trained on {row.nodes} synthetic nodes "
+    line += f"({'; '.join(inside)}), "
     line += f"reaches a test accuracy of {np.mean(row.accuracy):.3f} ± {np.std(row.accuracy):.3f}"
     kept, full = retention(rows, row), next((r for r in rows if r.name == "full"), None)
     if kept is None or full is None:
@@ -107,19 +109,25 @@ def summary(rows: Sequence[Row], tag: SyntheticTAG, config: EvaluateConfig) -> s
     return line + f": {kept:.1%} of the {np.mean(full.accuracy):.3f} that the {full.nodes:,} training nodes give."
 
 
-def evaluation(rows: Sequence[Row], tag: SyntheticTAG, config: EvaluateConfig, command: str, took: str) -> str:
+def evaluation(
+    rows: Sequence[Row], tag: SyntheticTAG, config: EvaluateConfig, adapters: bool, command: str, took: str
+) -> str:
     """evaluation.md: the table, and what it takes to get it again."""
     recipe, student = config.recipe, config.student
+    chosen = "the pass is chosen on the validation nodes"
+    if adapters:  # validation would encode all real texts
+        chosen = f"the pass of lowest training loss counts (full: {config.full_epochs} epochs, chosen on validation)"
     how = (
         f"Mean ± standard deviation over {config.seeds} seeds. Every student is a {student.kind.upper()} of "
         f"{student.depth} hops and width {student.hidden}, trained for at most {recipe.passes} passes at learning rate "
-        f"{recipe.gnn_lr:g}; the pass is chosen on the validation nodes, the test nodes are scored once. Bytes: the "
+        f"{recipe.gnn_lr:g}; {chosen}, the test nodes are scored once. Bytes: the "
         "synthetic set as stored, the token ids of a coreset, the texts of the full training set. KRR: the kernel "
         "predictor, without a student. Retention: relative to the full set."
     )
     made = f"Data set hash `{tag.config.get('dataset_hash')}`. Seconds: {took}. Machine: {machine()}."
     title = f"# {tag.config.get('dataset')}: synthetic against real"
-    return "\n\n".join([title, summary(rows, tag, config), table(rows), how, f"```\n{command}\n```", made]) + "\n"
+    said = summary(rows, tag, config, adapters)
+    return "\n\n".join([title, said, table(rows), how, f"```\n{command}\n```", made]) + "\n"
 
 
 def machine() -> str:

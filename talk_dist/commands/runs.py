@@ -28,6 +28,8 @@ from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.decode import readings
 from talk_dist.synthetic.plot import plot
 
+EVALUATION, PICTURE = "evaluation.md", "run.png"
+
 
 @dataclass(frozen=True)
 class Distill:
@@ -65,6 +67,8 @@ class Distill:
         synthetic = distill(pool, encoder, config, [call.stop, lines, log], checkpoint)
         about = {"command": call.command, "readings": readings(synthetic, encoder)}
         synthetic = replace(synthetic, config=synthetic.config | about)
+        for name in (EVALUATION, PICTURE):  # of an artifact that is about to be replaced
+            (out / name).unlink(missing_ok=True)
         synthetic.save_pretrained(out / "synthetic")
         call.lap("distill")
         if self.evaluate:
@@ -124,6 +128,8 @@ class Evaluate:
     """Folder of the prepared graph; empty: the `prepared/` beside the artifact."""
     force: bool = False
     """Evaluate on a graph that is not the one the artifact was made from."""
+    adapters: Literal["as-distilled", "true", "false"] = "as-distilled"
+    """Whether the students' encoders train LoRA adapters too. The table goes into the artifact either way."""
 
     def run(self, call: Call, evaluation: EvaluateConfig) -> None:
         path = preflight.artifact_path(given(self.artifact, "an artifact"))
@@ -134,6 +140,8 @@ class Evaluate:
         if "distill" not in synthetic.config:
             raise DataError(path, "does not say how it was distilled (config.json has no `distill`); distil it again")
         config = DistillConfig.from_dict(synthetic.config["distill"])
+        if self.adapters != "as-distilled":
+            config = replace(config, encoder=replace(config.encoder, adapters=self.adapters == "true"))
         encoder = preflight.check_evaluation(synthetic, path, tag, config, evaluation, self.force)
         pool = LocalPool(tag, encoder, config.kernel, config.runtime)
         call.lap("prepare")
@@ -167,19 +175,27 @@ def _evaluate(
     rows = evaluate(pool, encoder, synthetic, config, evaluation, progress)
     call.lap("evaluate")
     took = ", ".join(f"{name} {value:.0f}" for name, value in call.seconds.items())
-    about = {"command": call.command, "machine": report.machine(), "seconds": call.seconds}
+    about = {
+        "command": call.command,
+        "adapters": config.encoder.adapters,
+        "machine": report.machine(),
+        "seconds": call.seconds,
+    }
     metrics = synthetic.metrics | {"evaluation": as_metrics(rows, evaluation) | about}
     synthetic = replace(synthetic, metrics=metrics)
     synthetic.save_pretrained(path)
-    print(table(rows), "", report.summary(rows, synthetic, evaluation), "", f"artifact    {path}", sep="\n")
+    sentence = report.summary(rows, synthetic, evaluation, config.encoder.adapters)
+    print(table(rows), "", sentence, "", f"artifact    {path}", sep="\n")
     if folder is not None:
-        text = report.evaluation(rows, synthetic, evaluation, call.command, took)
-        storage.write_atomic(folder / "evaluation.md", text.encode())
-        print(f"evaluation  {folder / 'evaluation.md'}")
-        print(f"picture     {plot(synthetic.metrics, str(synthetic.config['dataset']), folder / 'run.png')}")
+        text = report.evaluation(rows, synthetic, evaluation, config.encoder.adapters, call.command, took)
+        storage.write_atomic(folder / EVALUATION, text.encode())
+        print(f"evaluation  {folder / EVALUATION}")
+        print(f"picture     {plot(synthetic.metrics, str(synthetic.config['dataset']), folder / PICTURE)}")
     print(f"seconds     {took}")
 
 
 def _epochs(finished: int) -> str:
     """Epoch 0 is the start, evaluated; nothing is finished while the start itself is all there is."""
-    return f"{finished} finished epochs" if finished else "the start, before the first epoch"
+    if not finished:
+        return "the start, before the first epoch"
+    return f"{finished} finished epoch{'s' if finished > 1 else ''}"

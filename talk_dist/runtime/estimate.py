@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import torch
 
 from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
+from talk_dist.runtime.shard import LIVE_BUFFERS
 
 BASE_BYTES = 700 << 20  # the process with torch, transformers and torch-geometric imported
-LIVE_BUFFERS = 10  # as in shard.py
 ENCODER_SHARE = 0.6  # of the matrix product's rate that an encoder pass reaches, all else included
 BFLOAT16_GAIN = 1.3  # on a CPU, of a whole encoder pass
-SMALL_SHARE = 0.15  # the same for students: narrow matrices, sparse products
+SMALL_SHARE = 0.4  # the same for students: narrow matrices, sparse products
 ELEMENT_FLOP = 250  # what an element of a kernel block costs a hop and layer beside the product: arc cosine, roots
 STEP_SECONDS = 2e-3  # a training step cannot be shorter
 SAFETY = 1.1

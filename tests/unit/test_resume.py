@@ -60,6 +60,7 @@ def command(tags, encoder_folder):
             "inner.passes": 12,
             "outer.epochs": EPOCHS,
             "outer.steps": 4,
+            "outer.lr": 0.0005,
             "outer.inject_batch": 3,
             "outer.patience": EPOCHS + 1,
             "runtime.threads": 1,
