@@ -126,7 +126,7 @@ def test_the_advice_is_a_command_that_goes_on(command, tmp_path):
         process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "finished epoch" in errors
+    assert "checkpoint.safetensors holds" in errors  # the epoch of the log may not be saved yet
     advice = errors.strip().splitlines()[-1].split()
     assert advice[:2] == ["talk-dist", "distill"]
     assert "--resume" not in advice
