@@ -285,7 +285,7 @@ def preset(name: str = "default") -> DistillConfig:
     if name == "default":
         return DistillConfig()
     if name == "quick":
-        return DistillConfig(two_stage=TwoStageConfig(token_steps=120), outer=OuterConfig(epochs=2))
+        return DistillConfig(two_stage=TwoStageConfig(token_steps=200), outer=OuterConfig(epochs=2))
     if name == "paper":
         return DistillConfig(
             encoder=EncoderConfig(pooling="cls", adapters=True),

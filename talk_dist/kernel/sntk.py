@@ -22,6 +22,7 @@ from torch import Tensor
 # the ridge itself, and K_ss is then no longer positive semi-definite.
 SLOPE_CLIP = 0.9999
 _TINY = 1e-30
+_BATCH_ELEMENTS = 1 << 23  # numbers in one batch of neighbourhoods, when norms are exact
 
 
 class _ArcCosine(torch.autograd.Function):
@@ -133,8 +134,8 @@ def node_norms(
         norms.append(torch.linalg.vector_norm(smoothed, dim=1))
     if kind == "linear":
         return norms
-    capped = 0
-    for hop, matrix in enumerate(propagations, start=1):
+    capped = _first_hop_norms(z, propagations[0], layers, degree_cap, norms[1]) if propagations else 0
+    for hop, matrix in enumerate(propagations[1:], start=2):
         for row in range(matrix.shape[0]):
             span = slice(matrix.indptr[row], matrix.indptr[row + 1])
             covariance = _covariance(z, propagations[: hop - 1], matrix.indices[span], layers, degree_cap)
@@ -150,6 +151,32 @@ def node_norms(
             stacklevel=2,
         )
     return norms
+
+
+def _first_hop_norms(z: Tensor, matrix: sp.csr_matrix, layers: int, cap: int, out: Tensor) -> int:
+    """Exact norms of hop 2 into ``out``, all rows of one degree at once; the number of rows beyond the cap."""
+    degrees = np.diff(matrix.indptr)
+    for degree in np.unique(degrees[(degrees > 0) & (degrees <= cap)]):
+        rows = np.flatnonzero(degrees == degree)
+        size = max(1, _BATCH_ELEMENTS // int(degree * (z.shape[1] + 4 * degree)))
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            entries = matrix.indptr[batch][:, None] + np.arange(degree)
+            near = z[torch.from_numpy(matrix.indices[entries].astype(np.int64))]
+            covariance = _activate(near @ near.mT, layers)
+            weight = torch.from_numpy(matrix.data[entries]).to(z)[:, :, None]
+            squares = (weight.mT @ covariance @ weight).clamp_min(0.0)
+            out[torch.from_numpy(batch)] = squares.sqrt().view(-1)
+    return int((degrees > cap).sum())
+
+
+def _activate(raw: Tensor, layers: int) -> Tensor:
+    """S after the non-linear layers of a hop, among some nodes (..., n, n), from what was propagated."""
+    n = raw.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    scale = (n[..., :, None] * n[..., None, :]).clamp_min(_TINY)
+    for _ in range(layers):
+        raw = arc_cosine(raw / scale)[1] * scale
+    return raw
 
 
 def _covariance(
@@ -170,8 +197,4 @@ def _covariance(
         weights = sp.csr_matrix((sub.data, local, sub.indptr), shape=(len(nodes), len(support)))
         dense = torch.from_numpy(weights.toarray()).to(z)
         raw = dense @ inner @ dense.T
-    n = raw.diagonal().clamp_min(0.0).sqrt()
-    scale = torch.outer(n, n).clamp_min(_TINY)
-    for _ in range(layers):
-        raw = arc_cosine(raw / scale)[1] * scale
-    return raw
+    return _activate(raw, layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -92,6 +93,7 @@ def test_every_signal_at_random_moments(whole, command, forks, tmp_path):
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGKILL]
     stopped = 0
     for attempt in range(20):
+        words.unlink(missing_ok=True)
         process = forks.Process(target=run_quietly, args=(command(mode, out), words))
         process.start()
         number = signals[attempt % len(signals)]
@@ -100,14 +102,18 @@ def test_every_signal_at_random_moments(whole, command, forks, tmp_path):
             wanted = min(before + attempt % 2, EPOCHS)  # now and then before the next epoch ends
             _wait_for(lambda p=process, w=wanted: p.exitcode is not None or (_epochs(out) >= w and words.exists()))
             time.sleep(rng.uniform(0.0, 1.2 * seconds / EPOCHS))
-            os.kill(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it is over
+                os.kill(process.pid, number)
         process.join()
         if process.exitcode == 0:
             break
         stopped += 1
-        assert process.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number), words.read_text()
-        if number != signal.SIGKILL and (out / "checkpoint.safetensors").exists():
-            assert number.name in words.read_text()
+        said = words.read_text()
+        under_way = said and not (out / "synthetic").exists()  # else it may have died while Python starts or ends
+        if number != signal.SIGKILL and under_way:
+            assert process.exitcode == 128 + number, said
+            assert number.name in said
+            assert "Traceback" not in said
     assert process.exitcode == 0, words.read_text()
     assert stopped >= 2
     _assert_same_run(out, reference)
