@@ -22,7 +22,8 @@ from talk_dist.config import unknown_key
 from talk_dist.errors import TalkDistError
 from talk_dist.runtime.callbacks import Stop
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
 COMMANDS = {
     command.name: command
     for command in (
@@ -78,10 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if not (isinstance(error, OSError) and error.errno in FULL) and "No space left" not in str(error):
+        number = error.errno if isinstance(error, OSError) else None
+        full = number in FULL or "No space left" in str(error)
+        if not full and number not in REFUSED:
             raise
-        advice = "what was published before is whole. Make room, or choose another --out, and run the command again"
-        print(f"talk-dist {name}: {error}; {advice}", file=sys.stderr)
+        advice = f"{'make room, or ' if full else ''}choose another --out, and run the command again"
+        print(f"talk-dist {name}: {error}; what was published before is whole: {advice}", file=sys.stderr)
     return 2
 
 

@@ -146,10 +146,11 @@ class Export:
     """Encode the synthetic nodes and put the result in as `x`, for models that start from features."""
 
     def run(self, call: Call) -> None:
-        synthetic = SyntheticTAG.from_pretrained(preflight.artifact_path(given(self.artifact, "an artifact")))
+        path = preflight.artifact_path(given(self.artifact, "an artifact"))
+        synthetic = SyntheticTAG.from_pretrained(path)
         encodings = None
         if self.encodings:
-            config = DistillConfig.from_dict(synthetic.config["distill"])
+            config = preflight.distilled_with(synthetic, path)
             encodings = (
                 preflight.load_encoder(config.encoder).encode_embeds(synthetic.token_embeds, synthetic.mask).cpu()
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,6 +80,24 @@ def check_out(out: str) -> None:
         raise DataError(
             str(artifact), f"is in the way: it has no {CONFIG}, so it is not replaced; choose another --out"
         )
+
+
+@contextmanager
+def alone(out: str) -> Iterator[None]:
+    """Holds the run folder ``out``; the system lets go of it however the process ends.
+
+    Raises ConfigError if another process holds it. Where a folder cannot be locked, nothing is held.
+    """
+    handle, folder = None, Path(out).expanduser()
+    try:
+        with suppress(OSError):  # what is wrong with the folder, check_out says
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def check_tag(tag: PreparedTag, config: DistillConfig, splits: Sequence[str], problems: Problems) -> None:
@@ -177,6 +197,13 @@ def check_evaluation(
     assert encoder is not None
     check_memory(tag, config, encoder, evaluation)
     return encoder
+
+
+def distilled_with(artifact: SyntheticTAG, path: str) -> DistillConfig:
+    """The configuration that ``artifact`` was distilled with. Raises DataError if it does not say."""
+    if "distill" not in artifact.config:
+        raise DataError(path, "does not say how it was distilled (config.json has no `distill`); distil it again")
+    return DistillConfig.from_dict(artifact.config["distill"])
 
 
 def artifact_path(path: str) -> str:

@@ -67,8 +67,9 @@ def artifact(path: str, tag: SyntheticTAG) -> str:
     if "evaluation" in m:
         blocks.append(m["evaluation"]["markdown"])
     if c.get("readings"):
-        width = max(len(name) for name in tag.classes)
-        read = [f"  {tag.classes[y]:<{width}}  {line}" for y, line in zip(labels, c["readings"], strict=True)]
+        names = [" ".join(name.split("\n")) for name in tag.classes]
+        width = max(map(len, names))
+        read = [f"  {names[y]:<{width}}  {line}" for y, line in zip(labels, c["readings"], strict=True)]
         blocks.append("nearest tokens of each synthetic node\n" + "\n".join(read))
     return "\n\n".join(blocks)
 
@@ -147,7 +148,7 @@ def _facts(title: str, facts: Sequence[tuple[str, str]]) -> str:
 
 def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned columns: the first to the left, numbers to the right."""
-    cells = [list(names)] + [[f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in rows]
+    cells = [list(names)] + [[f"{v:,}" if isinstance(v, int) else " ".join(str(v).split("\n")) for v in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     lines = []
     for first, *rest in cells:

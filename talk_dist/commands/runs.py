@@ -137,9 +137,7 @@ class Evaluate:
         if not self.data and not storage.exists(beside):
             raise ConfigError("--data: give the folder of the prepared graph that the artifact was made from")
         synthetic, tag = SyntheticTAG.from_pretrained(path), PreparedTag(self.data or beside)
-        if "distill" not in synthetic.config:
-            raise DataError(path, "does not say how it was distilled (config.json has no `distill`); distil it again")
-        config = DistillConfig.from_dict(synthetic.config["distill"])
+        config = preflight.distilled_with(synthetic, path)
         if self.adapters != "as-distilled":
             config = replace(config, encoder=replace(config.encoder, adapters=self.adapters == "true"))
         encoder = preflight.check_evaluation(synthetic, path, tag, config, evaluation, self.force)

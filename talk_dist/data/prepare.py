@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from talk_dist.data import storage
 from talk_dist.data.partition import METHODS, edge_cut, partition_nodes, split_graph, symmetrise
 from talk_dist.data.splits import DEFAULT_RATIOS, absent_problems, check_ratios, class_counts, random_split
 from talk_dist.data.tables import Source
-from talk_dist.data.tag import FORMAT, SPLITS, PreparedTag, TokenLists
+from talk_dist.data.tag import FORMAT, SPLITS, PreparedTag, TokenLists, content_hash
 from talk_dist.data.tokenizer import Tokenizer, load_tokenizer
 from talk_dist.data.validate import CheckedGraph, validate
 from talk_dist.errors import ConfigError, DataError
@@ -112,8 +111,7 @@ def prepare(
             for file in ("nodes.parquet", "graph.safetensors"):
                 record["files"][file] = _describe(folder / f"part-{index:05d}" / file)
         meta["parts"] = records
-        canonical = json.dumps(meta, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        meta["hash"] = hashlib.sha256(canonical.encode()).hexdigest()
+        meta["hash"] = content_hash(meta)
         (folder / "META.json").write_bytes(storage.to_json(meta))
     return PreparedTag(os.fspath(out))
 

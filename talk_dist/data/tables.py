@@ -174,7 +174,10 @@ def _parse(uri: str) -> pacsv.ParseOptions:
 
 def _unreadable(uri: str, error: Exception) -> DataError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return DataError(uri, f"cannot be read ({reason}); it is cut short or damaged: copy or write it again")
+    remedy = "it is cut short or damaged: copy or write it again"
+    if "UTF8" in reason:
+        remedy = "save it in UTF-8"
+    return DataError(uri, f"cannot be read ({reason}); {remedy}")
 
 
 def from_pyg(data: Any, name: str = "data") -> Source:

@@ -11,6 +11,7 @@ Layout of a prepared TAG (all ids below are row numbers 0..N-1 of the node table
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -98,6 +99,13 @@ class Partition:
         return np.flatnonzero((self.split == SPLITS.index(split)) & (self.label >= 0))
 
 
+def content_hash(meta: dict[str, Any]) -> str:
+    """sha256 hex of a META.json, which holds the hash of every file; its own ``hash`` left out."""
+    content = {key: value for key, value in meta.items() if key != "hash"}
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 class PreparedTag:
     """A prepared TAG on storage: its META.json, and partitions loaded and verified on request."""
 
@@ -106,10 +114,11 @@ class PreparedTag:
         if not storage.exists(storage.join(path, "META.json")):
             raise DataError(path, "is not a prepared TAG (no META.json); make one with `talk-dist prepare`")
         self.meta: dict[str, Any] = storage.read_json(storage.join(path, "META.json"))
-        if self.meta.get("format") != FORMAT:
-            raise DataError(
-                path, f"has format {self.meta.get('format')}, this version reads {FORMAT}; prepare it again"
-            )
+        found = self.meta.get("format") if isinstance(self.meta, dict) else None
+        if found != FORMAT:
+            raise DataError(path, f"has format {found}, this version reads {FORMAT}; prepare it again")
+        if self.meta.get("hash") != content_hash(self.meta):
+            raise DataError(path, "META.json changed since it was prepared; prepare the graph again")
 
     @property
     def num_parts(self) -> int:

@@ -30,7 +30,7 @@ def card(tag: SyntheticTAG) -> str:
         "| --- | --- |",
         f"| nodes | {nodes}{share}, {tokens} token embeddings each |",
         f"| bytes | {tag.num_bytes():,} ({c.get('storage', 'float32')}{against}) |",
-        f"| classes | {', '.join(tag.classes)} |",
+        f"| classes | {_cell(', '.join(tag.classes))} |",
         f"| encoder | {encoder.get('name')}, {encoder.get('pooling')} pooling, width {encoder.get('width')} |",
         f"| data set hash | `{str(c.get('dataset_hash'))[:16]}` |",
         f"| seed | {c.get('seed')} |",
@@ -55,10 +55,14 @@ def card(tag: SyntheticTAG) -> str:
         lines += ["## Nearest-token reading", "", "| class | tokens |", "| --- | --- |"]
         labels = tag.labels.argmax(1).tolist()
         for label, reading in zip(labels, c["readings"], strict=True):
-            escaped = reading.replace("|", "\\|").replace("\n", " ")
-            lines.append(f"| {tag.classes[label]} | {escaped} |")
+            lines.append(f"| {_cell(tag.classes[label])} | {_cell(reading)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """``text``, a label or token of anyone's, as the content of one table cell."""
+    return " ".join(text.split("\n")).replace("|", "\\|")
 
 
 def _percent(value: Any) -> str:
