@@ -79,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        full = number in FULL or "No space left" in str(error)
-        if not full and number not in REFUSED:
+        code = error.errno if isinstance(error, OSError) else None
+        full = code in FULL or "No space left" in str(error)
+        if not full and code not in REFUSED:
             raise
         advice = f"{'make room, or ' if full else ''}choose another --out, and run the command again"
         print(f"talk-dist {name}: {error}; what was published before is whole: {advice}", file=sys.stderr)

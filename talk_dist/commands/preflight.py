@@ -6,7 +6,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,16 +88,18 @@ def alone(out: str) -> Iterator[None]:
 
     Raises ConfigError if another process holds it. Where a folder cannot be locked, nothing is held.
     """
-    handle, folder = None, Path(out).expanduser()
-    try:
+    with ExitStack() as stack:
         with suppress(OSError):  # what is wrong with the folder, check_out says
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if "://" not in out:
+                folder = Path(out).expanduser()
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ConfigError(f"--out {out}: another run is at work there; choose another folder") from error
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def check_tag(tag: PreparedTag, config: DistillConfig, splits: Sequence[str], problems: Problems) -> None:

@@ -67,7 +67,7 @@ def artifact(path: str, tag: SyntheticTAG) -> str:
     if "evaluation" in m:
         blocks.append(m["evaluation"]["markdown"])
     if c.get("readings"):
-        names = [" ".join(name.split("\n")) for name in tag.classes]
+        names = [_line(name) for name in tag.classes]
         width = max(map(len, names))
         read = [f"  {names[y]:<{width}}  {line}" for y, line in zip(labels, c["readings"], strict=True)]
         blocks.append("nearest tokens of each synthetic node\n" + "\n".join(read))
@@ -101,9 +101,9 @@ def summary(rows: Sequence[Row], tag: SyntheticTAG, config: EvaluateConfig, adap
     inside = [f"{row.nodes / real:.1%} of {real:,}"] if real else []
     inside += [f"{row.bytes:,} bytes" + (f", {row.bytes / text:.1%} of the training texts" if text else "")]
     encoder = "an encoder with LoRA adapters" if adapters else "the frozen encoder"
-    line = f"A {config.student.kind.upper()} on {encoder}, trained on {row.nodes} synthetic nodes "
+    line = f"{config.student.kind.upper()} students on {encoder}, trained on {row.nodes} synthetic nodes "
     line += f"({'; '.join(inside)}), "
-    line += f"reaches a test accuracy of {np.mean(row.accuracy):.3f} ± {np.std(row.accuracy):.3f}"
+    line += f"reach a test accuracy of {np.mean(row.accuracy):.3f} ± {np.std(row.accuracy):.3f}"
     kept, full = retention(rows, row), next((r for r in rows if r.name == "full"), None)
     if kept is None or full is None:
         return line + "."
@@ -146,9 +146,14 @@ def _facts(title: str, facts: Sequence[tuple[str, str]]) -> str:
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in facts)])
 
 
+def _line(text: str) -> str:
+    """A label of anyone's, on one line."""
+    return " ".join(text.split("\n"))
+
+
 def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned columns: the first to the left, numbers to the right."""
-    cells = [list(names)] + [[f"{v:,}" if isinstance(v, int) else " ".join(str(v).split("\n")) for v in row] for row in rows]
+    cells = [list(names)] + [[f"{v:,}" if isinstance(v, int) else _line(str(v)) for v in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     lines = []
     for first, *rest in cells:

@@ -18,7 +18,7 @@ from talk_dist.data.prepare import prepare
 from talk_dist.data.python_api import build_python_api
 from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import distill
-from talk_dist.errors import ConfigError, DataError, TalkDistError
+from talk_dist.errors import ConfigError, TalkDistError
 from talk_dist.evaluate import EvaluateConfig, as_metrics, evaluate, table
 from talk_dist.models.encoder import TextEncoder
 from talk_dist.runtime.callbacks import Callback, JsonLines, ProgressLines
@@ -47,6 +47,10 @@ class Distill:
     """Afterwards train fresh students on the result and on its rivals, as `evaluation` says, and compare."""
 
     def run(self, call: Call, config: DistillConfig, evaluation: EvaluateConfig) -> None:
+        with preflight.alone(self.out):
+            self._run(call, config, evaluation)
+
+    def _run(self, call: Call, config: DistillConfig, evaluation: EvaluateConfig) -> None:
         out, lines = Path(self.out).expanduser(), ProgressLines()
         tag, encoder = preflight.check(
             config,

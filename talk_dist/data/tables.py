@@ -174,9 +174,7 @@ def _parse(uri: str) -> pacsv.ParseOptions:
 
 def _unreadable(uri: str, error: Exception) -> DataError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    remedy = "it is cut short or damaged: copy or write it again"
-    if "UTF8" in reason:
-        remedy = "save it in UTF-8"
+    remedy = "save it in UTF-8" if "UTF8" in reason else "it is cut short or damaged: copy or write it again"
     return DataError(uri, f"cannot be read ({reason}); {remedy}")
 
 

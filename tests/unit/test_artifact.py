@@ -173,4 +173,9 @@ def test_the_card_says_what_it_is(tmp_path):
         "| ash | a \\| b |",
     ):
         assert words in card
+    odd = ["a | b", "two\nlines", *tag.classes[2:]]
+    replace(tag, config=tag.config | about | {"classes": odd}).save_pretrained(tmp_path / "odd")
+    card = (tmp_path / "odd" / "README.md").read_text()
+    assert "| classes | a \\| b, two lines" in card
+    assert "| a \\| b | a \\| b |" in card
     assert json.loads((tmp_path / "a" / "config.json").read_text())["dataset"] == "trees"

@@ -214,6 +214,8 @@ def test_csv_that_is_no_csv(tmp_path: Path) -> None:
     )
     (tmp_path / "empty.csv").write_text("")
     assert "cut short" in message_of(open_tables(tmp_path / "empty.csv", None))
+    (tmp_path / "latin.csv").write_bytes("node_id,text,label\n1,caf\xe9,0\n".encode("latin-1"))
+    assert re.search("cannot be read .*; save it in UTF-8", message_of(open_tables(tmp_path / "latin.csv", None)))
     whole = gzip.compress(b"node_id,text,label\n" + b"".join(b"%d,text %d,0\n" % (i, i * i) for i in range(9999)))
     (tmp_path / "half.csv.gz").write_bytes(whole[: len(whole) // 2])
     assert "cut short" in message_of(open_tables(tmp_path / "half.csv.gz", None))

@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 
 from talk_dist import __version__
 from talk_dist.cli import COMMANDS, main
-from talk_dist.commands import call, runs
+from talk_dist.commands import call, preflight, runs
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.runtime import estimate
@@ -181,6 +181,12 @@ def test_export(finished, told, tmp_path):
     assert data.x.shape == (6, 32)
     told("export", finished / "synthetic", "--out", tmp_path / "b.pt")
     assert "x" not in torch.load(tmp_path / "b.pt", weights_only=True)
+    _, err = told("export", finished, "--out", tmp_path, code=2)
+    assert "Is a directory" in err
+    copy = shutil.copytree(finished / "synthetic", tmp_path / "copy")
+    (copy / "config.json").write_text("{}")
+    _, err = told("export", copy, "--out", tmp_path / "c.pt", "--encodings", "true", code=2)
+    assert "does not say how it was distilled" in err
 
 
 def test_the_embedded_graph_is_prepared_once(graph, encoder_folder, told, tmp_path, monkeypatch):
@@ -280,8 +286,16 @@ def test_a_full_disk_is_one_message(finished, tags, encoder_folder, told, monkey
     settings = {"data": tags[2].path, "out": finished, "encoder.name": encoder_folder}
     _, err = told("distill", *flat(settings | SMALL), code=2)
     assert "No space left on device" in err
-    assert "is whole" in err
+    assert "is whole: make room" in err
     assert (finished / "synthetic" / "synthetic.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_another_run_holds(tags, encoder_folder, told, tmp_path):
+    settings = flat({"data": tags[2].path, "out": tmp_path / "run", "encoder.name": encoder_folder} | SMALL)
+    with preflight.alone(str(tmp_path / "run")):
+        _, err = told("distill", *settings, code=2)
+    assert "another run is at work there" in err
+    told("distill", *settings)
 
 
 def test_the_name_of_the_embedded_graph_tells_what_it_depends_on():

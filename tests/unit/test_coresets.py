@@ -148,7 +148,7 @@ def settings_of():
 
     def make(init, **two_stage):
         return DistillConfig(
-            kernel=KernelConfig(precision="float64"),
+            kernel=KernelConfig(precision="float64", ridge=1e-3),
             synthetic=SyntheticConfig(size=8, tokens=6, init=init),
             two_stage=TwoStageConfig(**{"feature_steps": 12, "token_steps": 25, "token_lr": 2e-2, **two_stage}),
             student=StudentConfig(hidden=16),

@@ -363,6 +363,15 @@ def test_prepared_tag_that_was_changed_is_refused(tmp_path: Path, tables: Tables
     tag.partition(0)
     with pytest.raises(DataError, match=r"part-00001/graph\.safetensors changed.*prepare the graph again"):
         tag.partition(1)
+    meta = tmp_path / "tag" / "META.json"
+    whole = json.loads(meta.read_text())
+    for changed in (whole | {"num_nodes": whole["num_nodes"] + 1}, {"format": whole["format"]}):
+        meta.write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=r"META\.json changed.*prepare the graph again"):
+            PreparedTag(str(tmp_path / "tag"))
+    meta.write_text("[]")
+    with pytest.raises(DataError, match="has format None"):
+        PreparedTag(str(tmp_path / "tag"))
 
 
 def test_cora(tmp_path: Path, real_data: Callable[[str], Path]) -> None:
