@@ -150,7 +150,7 @@ def test_distill_leaves_what_it_says(finished):
     for text in (card, note):
         assert tag.metrics["evaluation"]["markdown"] in text
         assert tag.config["command"] in text
-    assert "A GCN on the frozen encoder, trained on 6 synthetic nodes (10.0% of 60; " in note
+    assert "GCN students on the frozen encoder, trained on 6 synthetic nodes (10.0% of 60; " in note
     assert (finished / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -171,7 +171,7 @@ def test_evaluate_writes_into_the_artifact(finished, tags, told, tmp_path):
     assert after.metrics["evaluation"]["config"]["student"]["kind"] == "sage"
     assert after.token_embeds.equal(tag.token_embeds)
     assert after.metrics["evaluation"]["markdown"] in out
-    assert "A SAGE on the frozen encoder, trained on 6" in out
+    assert "SAGE students on the frozen encoder, trained on 6" in out
 
 
 def test_export(finished, told, tmp_path):
