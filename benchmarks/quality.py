@@ -94,10 +94,10 @@ def main() -> None:
 
     merged = [merge(list(rows)) for rows in zip(*rows_by_seed, strict=True)]
     took = ", ".join(f"{s:.0f}" for s in seconds)
+    settings_used = " ".join([f"preset {arguments.preset}", *options])
     text = "\n".join(
         [
-            f"# {folder.name}: {arguments.student.upper()} students, {merged[0].nodes} synthetic nodes, "
-            f"preset {arguments.preset}",
+            f"# {folder.name}: {arguments.student.upper()} students, {merged[0].nodes} synthetic nodes, {settings_used}",
             "",
             table(merged),
             "",

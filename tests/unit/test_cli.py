@@ -46,21 +46,6 @@ def flat(settings):
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-@pytest.fixture
-def told(capsys):
-    """told(*arguments, code=0) -> (stdout, stderr) of the command line."""
-
-    def run(*arguments, code=0):
-        capsys.readouterr()
-        result = main([str(word) for word in arguments])
-        out, err = capsys.readouterr()
-        assert result == code, err
-        assert "Traceback" not in err
-        return out, err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def finished(tags, encoder_folder, tmp_path_factory):
     """The folder of a run that was distilled and evaluated."""

@@ -5,23 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from talk_dist.cli import COMMANDS, main
+from talk_dist.cli import COMMANDS
 from talk_dist.commands.settings import read
 from talk_dist.config import DistillConfig, preset
-
-
-@pytest.fixture
-def told(capsys):
-    """told(*arguments, code=0) -> (stdout, stderr) of the command line."""
-
-    def run(*arguments, code=0):
-        result = main([str(word) for word in arguments])
-        out, err = capsys.readouterr()
-        assert result == code, err
-        assert "Traceback" not in err
-        return out, err
-
-    return run
 
 
 @pytest.mark.parametrize("name", ["default", "quick", "paper"])

@@ -1,7 +1,7 @@
 """However the graph is cut into shards and rows into chunks: the mathematics is that of the dense whole."""
 
-import dataclasses
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,10 @@ from talk_dist.models.gnn import Student, local_graph
 from talk_dist.runtime import shard as shard_module
 from talk_dist.runtime.outer import Objective, accuracy
 from talk_dist.runtime.pool import LocalPool
-from talk_dist.runtime.shard import StudentState
 
 PARTS = (1, 2, 7, 20)  # 20 parts of 60 nodes: some have no training node at all
 MATHEMATICS = [  # hops, layers, propagation, norms, loss
-    (1, 1, "mean", "exact", "mse"),
-    (1, 2, "sym", "exact", "ce"),
-    (2, 1, "mean", "exact", "ce"),
+    *[(1, 1, "mean", "exact", "mse"), (1, 2, "sym", "exact", "ce"), (2, 1, "mean", "exact", "ce")],
     (2, 1, "mean", "linear", "mse"),
     (2, 2, "sym", "exact", "mse"),
     (3, 1, "mean", "exact", "ce"),
@@ -39,7 +36,7 @@ def synthetic():
 
 
 def objective_of(pool, kind, ridge=1e-2):
-    kernel = dataclasses.replace(pool.shards[0].spec.kernel, ridge=ridge)
+    kernel = replace(pool.shards[0].spec.kernel, ridge=ridge)
     return Objective(pool, DistillConfig(kernel=kernel, outer=OuterConfig(loss=kind)))
 
 
@@ -184,7 +181,7 @@ def test_students_on_shards_are_the_student_on_the_whole_graph(graph, tags, tabl
     assert len(np.unique(predicted)) == 3
     for parts in PARTS:
         pool = make_pool(encoder, parts)
-        counts = pool.student_scores(StudentState.of(student), ["val", "train"])
+        counts = pool.student_scores(shard_module.StudentState.of(student), ["val", "train"])
         for split, mine in zip(("val", "train"), counts, strict=True):
             rows = graph.rows(split)
             np.testing.assert_array_equal(mine, confusion(graph.label[rows], predicted[rows]))
@@ -221,7 +218,7 @@ def test_permuting_the_nodes_permutes_nothing_but_the_order(graph, prepare_graph
     """Nodes and edges in another order, edges turned round and repeated: same loss, gradient, sample and students."""
     encoder = table_encoder(dtype=np.float32)
     shuffled = graph.permuted(seed=4)
-    student = StudentState.of(Student(StudentConfig(hidden=16), encoder.width, 3, seed=0))
+    student = shard_module.StudentState.of(Student(StudentConfig(hidden=16), encoder.width, 3, seed=0))
     results = []
     for which in (graph, shuffled):
         pool = make_pool(encoder, prepare_graph(which, parts=3))
@@ -279,7 +276,7 @@ def test_encodings_are_kept_beside_the_prepared_tag(graph, prepare_graph, make_e
 def test_kept_encodings_of_other_texts_or_another_encoder_are_not_used(graph, prepare_graph, make_encoder, make_pool):
     """An object store keeps the folder of encodings when the graph is prepared again: their name must tell."""
     nodes = graph.nodes.set_column(1, "text", pa.array(graph.nodes["text"].to_pylist()[::-1]))
-    tag, again = prepare_graph(graph), prepare_graph(dataclasses.replace(graph, nodes=nodes))
+    tag, again = prepare_graph(graph), prepare_graph(replace(graph, nodes=nodes))
     make_pool(make_encoder(), tag, cache=True)
     shutil.copytree(Path(tag.path) / "encodings", Path(again.path) / "encodings")
     for encoder in (make_encoder(), make_encoder(pooling="cls")):
