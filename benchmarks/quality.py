@@ -97,7 +97,7 @@ def main() -> None:
     settings_used = " ".join([f"preset {arguments.preset}", *options])
     text = "\n".join(
         [
-            f"# {folder.name}: {arguments.student.upper()} students, {merged[0].nodes} synthetic nodes, {settings_used}",
+            f"# {folder.name}: {arguments.student.upper()} students, {merged[0].nodes} nodes, {settings_used}",
             "",
             table(merged),
             "",
