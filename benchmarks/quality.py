@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--preset", default="default")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--students", type=int, default=3)
     parser.add_argument("--student", default="gcn")
     parser.add_argument("--against", default="full,random,herding,kcenter,medoid")
@@ -75,7 +76,7 @@ def main() -> None:
             return from_arrow(*build_python_api())
         return open_tables(folder / "nodes.parquet", folder / "edges.parquet")
 
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         config = override(preset(arguments.preset), ["--seed", str(seed), *options])
         with tempfile.TemporaryDirectory() as scratch:
             tag = prepare(source(), f"{scratch}/prepared", split_seed=seed, use_split_column=False, name=folder.name)
