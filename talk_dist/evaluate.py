@@ -19,13 +19,12 @@ from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit
-from talk_dist.runtime.full import fit_full
-from talk_dist.runtime.outer import Objective, accuracy, macro_f1
+from talk_dist.runtime.full import WholeGraph, fit_full
+from talk_dist.runtime.outer import Objective, accuracy, macro_f1, student_accuracy
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.runtime.shard import StudentState
 from talk_dist.synthetic.artifact import SyntheticTAG
-from talk_dist.synthetic.coresets import METHODS, allocate, select
-from talk_dist.synthetic.init import SAMPLE_MINIMUM, SAMPLE_PER_NODE
+from talk_dist.synthetic.coresets import METHODS, allocate, sample_for, select
 
 Against = Literal["full", "random", "herding", "kcenter", "medoid"]
 
@@ -96,7 +95,7 @@ def coreset_tag(
     """Real texts as a TAG of token embeddings with a mask, and the bytes of their token ids (int32)."""
     if method not in METHODS:
         raise ConfigError(f"unknown coreset {method!r}; one of {sorted(METHODS)}")
-    sample = pool.sample(max(SAMPLE_MINIMUM, SAMPLE_PER_NODE * int(counts.max())), seed)
+    sample = sample_for(pool, counts, seed)
     rows = select(sample, counts, method, seed)
     tokens = pool.tokens(sample.place[rows])
     ids, mask = map(torch.from_numpy, tokens.padded(np.arange(len(tokens))))
@@ -115,7 +114,7 @@ def _small_set(
     progress: Callable[[str, int, int, dict[str, float]], None],
 ) -> Row:
     def train(student: Student, seed: int) -> None:
-        choose = None if encoder.adapter_parameters() else _validate(pool)
+        choose = None if encoder.adapter_parameters() else lambda s: student_accuracy(pool, s, "val")
         fit(encoder, student, tag.token_embeds, tag.labels, config.recipe, mask=tag.mask, seed=seed, select=choose)
 
     # the kernel predictor, on the encodings of an encoder that nothing has adapted
@@ -130,16 +129,14 @@ def _full_set(
     config: EvaluateConfig,
     progress: Callable[[str, int, int, dict[str, float]], None],
 ) -> Row:
+    whole = WholeGraph(pool.tag)  # read once for all seeds
+
     def train(student: Student, seed: int) -> None:
-        fit_full(encoder, student, pool, config.recipe, config.full_epochs, seed=seed)
+        fit_full(encoder, student, pool, whole, config.recipe, config.full_epochs, seed=seed)
 
     meta = pool.tag.meta
     size = meta["text"]["train_bytes"]
     return _scored("full", meta["split_sizes"]["train"], size, None, train, pool, encoder, config, progress)
-
-
-def _validate(pool: ShardPool) -> Callable[[Student], float]:
-    return lambda student: accuracy(pool.student_scores(StudentState.of(student), ["val"])[0])
 
 
 def _scored(

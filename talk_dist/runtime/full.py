@@ -48,14 +48,20 @@ class WholeGraph:
 
 
 def fit_full(
-    encoder: TextEncoder, student: Student, pool: ShardPool, config: InnerConfig, epochs: int, *, seed: int
+    encoder: TextEncoder,
+    student: Student,
+    pool: ShardPool,
+    whole: WholeGraph,
+    config: InnerConfig,
+    epochs: int,
+    *,
+    seed: int,
 ) -> FitResult:
     """Train on every training node, choosing the pass by validation accuracy.
 
     A frozen encoder: full-batch passes over its encodings. With adapters: ``epochs`` of mini-batches whose
     own texts are encoded with gradient, while their neighbours keep the encodings of the last epoch.
     """
-    whole = WholeGraph(pool.tag)
     graph = local_graph(student.config.kind, whole.indptr, whole.indices, whole.degree)
     h, train_rows = torch.from_numpy(pool.gather()), torch.from_numpy(whole.train)
     labels = torch.from_numpy(whole.label)

@@ -11,7 +11,10 @@ from collections.abc import Callable
 import numpy as np
 
 from talk_dist.errors import ConfigError
-from talk_dist.runtime.pool import TrainSample
+from talk_dist.runtime.pool import ShardPool, TrainSample
+
+SAMPLE_PER_NODE = 512  # sampled training rows of a class per synthetic node: bounds the driver's memory
+SAMPLE_MINIMUM = 4096
 
 
 def allocate(num_synthetic: int, class_counts: np.ndarray) -> np.ndarray:
@@ -31,6 +34,11 @@ def allocate(num_synthetic: int, class_counts: np.ndarray) -> np.ndarray:
     while counts.sum() < num_synthetic:
         counts[np.argmax(share - counts)] += 1
     return counts
+
+
+def sample_for(pool: ShardPool, counts: np.ndarray, seed: int) -> TrainSample:
+    """The training rows to choose ``counts`` (C,) nodes from: on a small graph all of them."""
+    return pool.sample(max(SAMPLE_MINIMUM, SAMPLE_PER_NODE * int(counts.max())), seed)
 
 
 def random(features: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -20,10 +20,8 @@ from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
 from talk_dist.runtime.outer import Objective, student_accuracy
 from talk_dist.runtime.pool import ShardPool
-from talk_dist.synthetic.coresets import allocate, class_centres, select
+from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
 
-SAMPLE_PER_NODE = 512  # sampled training rows per synthetic node, at least: bounds the driver's memory
-SAMPLE_MINIMUM = 4096
 Report = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -46,7 +44,7 @@ def initialise(pool: ShardPool, encoder: TextEncoder, config: DistillConfig, rep
     counts = allocate(num_synthetic(config.synthetic.size, pool.tag.num_nodes), pool.tag.train_class_counts)
     labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
     y_s = torch.nn.functional.one_hot(labels, len(counts)).float()
-    sample = pool.sample(max(SAMPLE_MINIMUM, SAMPLE_PER_NODE * int(counts.max())), config.seed)
+    sample = sample_for(pool, counts, config.seed)
     how = "random" if config.synthetic.init == "random" else "medoid"
     rows = select(sample, counts, how, config.seed)
     x_s = embed(encoder, pool.tokens(sample.place[rows]), config.synthetic.tokens)

@@ -12,21 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from test_bad_tables import csv, message_of, parquet
+from test_bad_tables import GOOD_NODES, csv, message_of, parquet
 from torch_geometric.data import Data
 
 from talk_dist.data.prepare import prepare
 from talk_dist.data.tables import from_arrow, from_ogb, from_pyg
 from talk_dist.data.validate import validate
 from talk_dist.errors import DataError
-
-GOOD_NODES: dict[str, list[Any]] = {
-    "node_id": [10, 11, 12, 13, 14, 15],
-    "text": ["red", "green", "blue", "red red", "green green", "blue blue"],
-    "label": [0, 1, 2, 0, 1, 2],
-    "split": ["train", "train", "train", "val", "test", ""],
-}
-GOOD_EDGES: dict[str, list[Any]] = {"src": [10, 11], "dst": [12, 13]}
 
 
 def pyg(**changed: Any) -> Data:
