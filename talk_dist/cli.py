@@ -18,9 +18,9 @@ from talk_dist.commands.call import Call
 from talk_dist.commands.graphs import Estimate, Export, Inspect, Prepare
 from talk_dist.commands.runs import Distill, Evaluate
 from talk_dist.commands.settings import Command, read
-from talk_dist.config import unknown_key
 from talk_dist.errors import TalkDistError
 from talk_dist.runtime.callbacks import Stop
+from talk_dist.schema import unknown_key
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)

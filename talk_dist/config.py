@@ -7,18 +7,12 @@ override single fields of it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from talk_dist.errors import ConfigError
-
-
-def _check(section: str, **rules: tuple[bool, Any, str]) -> None:
-    """Each rule is (holds, value, what is needed). Raises one ConfigError that lists the broken ones."""
-    broken = [f"{section}.{name} = {value!r}: {need}" for name, (holds, value, need) in rules.items() if not holds]
-    if broken:
-        raise ConfigError("; ".join(broken))
+from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
+from talk_dist.schema import build, check
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class EncoderConfig:
     """`auto` takes a GPU if there is one, else the CPU."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             "encoder",
             rank=(self.rank >= 1, self.rank, "at least 1"),
             dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
@@ -77,7 +71,7 @@ class KernelConfig:
     """Memory for one chunk of rows of a kernel block."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             "kernel",
             hops=(self.hops >= 1, self.hops, "at least 1"),
             layers=(self.layers >= 1, self.layers, "at least 1"),
@@ -104,7 +98,7 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         whole = self.size < 1 or float(self.size).is_integer()
-        _check(
+        check(
             "synthetic",
             size=(self.size > 0 and whole, self.size, "a fraction in (0, 1) or a whole number of nodes"),
             tokens=(self.tokens >= 1, self.tokens, "at least 1"),
@@ -127,7 +121,7 @@ class TwoStageConfig:
     """Train and validate a fresh student each so many feature steps; the best encodings are kept."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             "two_stage",
             feature_steps=(self.feature_steps >= 0, self.feature_steps, "not negative"),
             token_steps=(self.token_steps >= 0, self.token_steps, "not negative"),
@@ -149,7 +143,7 @@ class StudentConfig:
     """Dropout before each linear layer."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             "student",
             hidden=(self.hidden >= 1, self.hidden, "at least 1"),
             depth=(self.depth >= 1, self.depth, "at least 1"),
@@ -177,7 +171,7 @@ class InnerConfig:
     """Passes between validations where a student is selected by validation accuracy (evaluation)."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             "inner",
             passes=(self.passes >= 1, self.passes, "at least 1"),
             gnn_lr=(self.gnn_lr > 0, self.gnn_lr, "positive"),
@@ -212,7 +206,7 @@ class OuterConfig:
     """Keep the adapters' dropout on in outer steps (its random state is replayed in injection)."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             "outer",
             epochs=(self.epochs >= 0, self.epochs, "not negative"),
             steps=(self.steps >= 1, self.steps, "at least 1"),
@@ -220,19 +214,6 @@ class OuterConfig:
             patience=(self.patience >= 1, self.patience, "at least 1"),
             inject_batch=(self.inject_batch >= 1, self.inject_batch, "at least 1"),
         )
-
-
-@dataclass(frozen=True)
-class RuntimeConfig:
-    """Where and how it runs. Nothing here changes the mathematics."""
-
-    threads: int = 0
-    """Threads of one shard (0: all cores). Part of the configuration because it changes the last bits."""
-    cache: bool = True
-    """Keep the frozen encoder's encodings beside the prepared TAG, for later runs."""
-
-    def __post_init__(self) -> None:
-        _check("runtime", threads=(self.threads >= 0, self.threads, "not negative"))
 
 
 @dataclass(frozen=True)
@@ -249,6 +230,8 @@ class DistillConfig:
     inner: InnerConfig = field(default_factory=InnerConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -256,28 +239,7 @@ class DistillConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DistillConfig:
         """The configuration of a nested dict. Raises ConfigError for an unknown key, with the nearest one."""
-        return _build(DistillConfig, values, "")
-
-
-def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    for key in values:
-        if key not in known:
-            raise unknown_key(f"{where}{key}", [f"{where}{name}" for name in known])
-    arguments = {}
-    for key, value in values.items():
-        factory = known[key].default_factory
-        nested = factory is not dataclasses.MISSING and dataclasses.is_dataclass(factory)
-        arguments[key] = _build(factory, value, f"{where}{key}.") if nested else value
-        if isinstance(arguments[key], list):
-            arguments[key] = tuple(arguments[key])
-    return kind(**arguments)
-
-
-def unknown_key(key: str, known: list[str]) -> ConfigError:
-    """The error for a setting that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return ConfigError(f"unknown setting {key!r}; the nearest known one is {near[0]!r}" if near else key)
+        return build(DistillConfig, values, "")
 
 
 def preset(name: str = "default") -> DistillConfig:

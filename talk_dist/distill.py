@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from talk_dist.config import DistillConfig
-from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit
+from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback, Callbacks
 from talk_dist.runtime.checkpoint import Checkpoint, DistillState, OuterOptimizer
 from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
@@ -27,7 +26,7 @@ from talk_dist.synthetic.init import initialise
 
 def distill(
     pool: ShardPool,
-    encoder: TextEncoder,
+    encoder: Encoder,
     config: DistillConfig,
     callbacks: Sequence[Callback] = (),
     checkpoint: Checkpoint | None = None,
@@ -55,7 +54,7 @@ def distill(
         seed = config.seed + 1000 * (state.epoch + 1)
         encoder.reset_adapters(seed)
         student = Student(config.student, encoder.width, state.y_s.shape[1], seed)
-        inner = fit(encoder, student, state.x_s, state.y_s, config.inner, seed=seed, batch=config.outer.inject_batch)
+        inner = encoder.fit(student, state.x_s, state.y_s, config.inner, seed=seed, batch=config.outer.inject_batch)
         clock.lap("inner")
         pool.encode(encoder.adapters(), lambda done, total: tell.progress("encode", done, total, {}))
         clock.lap("encode")
@@ -91,7 +90,7 @@ def distill(
 
 
 def outer_steps(
-    state: DistillState, encoder: TextEncoder, objective: Objective, config: DistillConfig, tell: Callback
+    state: DistillState, encoder: Encoder, objective: Objective, config: DistillConfig, tell: Callback
 ) -> list[float]:
     """S outer steps on ``state``, in place; returns the loss before each (method, section 2, step 5)."""
     outer, losses = config.outer, []
@@ -108,7 +107,7 @@ def outer_steps(
     return losses
 
 
-def describe(pool: ShardPool, encoder: TextEncoder, config: DistillConfig) -> dict:
+def describe(pool: ShardPool, encoder: Encoder, config: DistillConfig) -> dict:
     """What an artifact must say of itself to be trained on, checked and made again."""
     return {
         "dataset": pool.tag.meta["name"],

@@ -16,9 +16,8 @@ import torch
 
 from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
 from talk_dist.errors import ConfigError
-from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit
+from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.full import WholeGraph, fit_full
 from talk_dist.runtime.outer import Objective, accuracy, macro_f1, student_accuracy
 from talk_dist.runtime.pool import ShardPool
@@ -65,7 +64,7 @@ class Row:
 
 def evaluate(
     pool: ShardPool,
-    encoder: TextEncoder,
+    encoder: Encoder,
     tag: SyntheticTAG,
     distilled_with: DistillConfig,
     config: EvaluateConfig,
@@ -90,7 +89,7 @@ def evaluate(
 
 
 def coreset_tag(
-    pool: ShardPool, encoder: TextEncoder, counts: np.ndarray, method: str, seed: int
+    pool: ShardPool, encoder: Encoder, counts: np.ndarray, method: str, seed: int
 ) -> tuple[SyntheticTAG, int]:
     """Real texts as a TAG of token embeddings with a mask, and the bytes of their token ids (int32)."""
     if method not in METHODS:
@@ -108,14 +107,14 @@ def _small_set(
     name: str,
     tag: SyntheticTAG,
     pool: ShardPool,
-    encoder: TextEncoder,
+    encoder: Encoder,
     distilled_with: DistillConfig,
     config: EvaluateConfig,
     progress: Callable[[str, int, int, dict[str, float]], None],
 ) -> Row:
     def train(student: Student, seed: int) -> None:
-        choose = None if encoder.adapter_parameters() else lambda s: student_accuracy(pool, s, "val")
-        fit(encoder, student, tag.token_embeds, tag.labels, config.recipe, mask=tag.mask, seed=seed, select=choose)
+        choose = None if encoder.adapted else lambda s: student_accuracy(pool, s, "val")
+        encoder.fit(student, tag.token_embeds, tag.labels, config.recipe, mask=tag.mask, seed=seed, select=choose)
 
     # the kernel predictor, on the encodings of an encoder that nothing has adapted
     h_s = encoder.encode_embeds(tag.token_embeds, tag.mask)
@@ -125,7 +124,7 @@ def _small_set(
 
 def _full_set(
     pool: ShardPool,
-    encoder: TextEncoder,
+    encoder: Encoder,
     config: EvaluateConfig,
     progress: Callable[[str, int, int, dict[str, float]], None],
 ) -> Row:
@@ -146,7 +145,7 @@ def _scored(
     krr: float | None,
     train: Callable[[Student, int], None],
     pool: ShardPool,
-    encoder: TextEncoder,
+    encoder: Encoder,
     config: EvaluateConfig,
     progress: Callable[[str, int, int, dict[str, float]], None],
 ) -> Row:

@@ -16,11 +16,12 @@ import pytest
 import reference
 import torch
 
-from talk_dist.config import EncoderConfig, KernelConfig, RuntimeConfig
+from talk_dist.config import EncoderConfig, KernelConfig
 from talk_dist.data.prepare import prepare
 from talk_dist.data.tables import from_arrow
 from talk_dist.data.tokenizer import load_tokenizer
 from talk_dist.models.encoder import TextEncoder
+from talk_dist.resources import RuntimeConfig
 from talk_dist.runtime.pool import LocalPool
 
 WORDS = [f"{stem}{number}" for stem in ("ash", "birch", "cedar") for number in range(14)]

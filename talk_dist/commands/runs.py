@@ -152,7 +152,7 @@ class Evaluate:
 
 def identity(tag: PreparedTag, encoder: TextEncoder, config: DistillConfig) -> dict[str, Any]:
     """All that decides the bits of a run: it can only be resumed where all this is the same."""
-    settings = {name: value for name, value in config.to_dict().items() if name != "runtime"}
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("runtime", "cluster")}
     here = {"data hash": tag.meta["hash"], "threads": torch.get_num_threads(), "weights": encoder.fingerprint}
     return settings | here
 

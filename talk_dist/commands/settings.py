@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from talk_dist.commands.preflight import listed
-from talk_dist.config import DistillConfig, preset, unknown_key
+from talk_dist.config import DistillConfig, preset
 from talk_dist.errors import ConfigError
 from talk_dist.evaluate import EvaluateConfig
+from talk_dist.schema import unknown_key
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def _settings(
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key}: a value is missing")
             value = rest.pop(0)
+        if f"{key}.kind" in schema:  # a section can be given by its kind: --runtime ray, --student sage
+            key = f"{key}.kind"
         out.append(f"--{key}={_bracketed(schema.get(key), value)}")
         given.append((key, value))
     return out, given
@@ -190,8 +193,8 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is tuple:
         count = "" if Ellipsis in get_args(kind) else f" of {len(arguments)}"
         return f"a list{count} such as a,b, each {_words(arguments[0])}"
-    if all(isinstance(a, str) for a in arguments):
-        return f"one of {', '.join(arguments)}"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
     return str(kind)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from talk_dist.config import EncoderConfig
+from talk_dist.config import EncoderConfig, InnerConfig
 from talk_dist.data.tag import TokenLists
 from talk_dist.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer, resolve_checkpoint
 from talk_dist.errors import ConfigError
+from talk_dist.models.gnn import Student
+from talk_dist.models.inner import fit_adapters, fit_encodings
+from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
 
 # What transformers calls query, key and value projections in the usual architectures.
 ATTENTION_NAMES = {"query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "Wqkv", "c_attn"}
 ATTENTION_NAMES |= {"q", "k", "v", "query_proj", "key_proj", "value_proj"}
-Adapters = dict[str, np.ndarray]
 
 
 class TextEncoder:
@@ -95,6 +97,10 @@ class TextEncoder:
         """Name -> parameter of every adapter; empty in the frozen mode."""
         return {name: p for name, p in self.model.named_parameters() if "lora_" in name}
 
+    @property
+    def adapted(self) -> bool:
+        return bool(self.adapter_parameters())
+
     def adapters(self) -> Adapters:
         """A copy of the adapters as numpy, to be shipped to shards."""
         return {name: p.detach().cpu().numpy().copy() for name, p in self.adapter_parameters().items()}
@@ -118,7 +124,7 @@ class TextEncoder:
 
     # -- encoding ---------------------------------------------------------------------------------------
 
-    def encode_tokens(self, tokens: TokenLists, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+    def encode_tokens(self, tokens: TokenLists, progress: Progress | None = None) -> np.ndarray:
         """Encodings (n, d) float32 of n token lists, without gradient.
 
         Exact duplicates are encoded once; batches hold texts of like length, so that little is padding.
@@ -163,6 +169,37 @@ class TextEncoder:
             pooled = self.forward_embeds(leaf, _rows(mask, s), _seed(dropout_seed, s))
             grads.append(torch.autograd.grad(pooled, leaf, d_hs[s].to(pooled))[0])
         return torch.cat(grads)
+
+    def residual(self, x: Tensor, target: Tensor, batch: int = 32) -> tuple[float, Tensor]:
+        """||phi(x) - target||^2 and its gradient (M, T, d_tok): one pass, where `encode_embeds` + `inject` take two."""
+        grads, total = [], 0.0
+        for s in _slices(len(x), batch):
+            leaf = x[s].detach().requires_grad_()
+            loss = (self.forward_embeds(leaf) - target[s].to(self.device)).pow(2).sum()
+            grads.append(torch.autograd.grad(loss, leaf)[0].cpu())
+            total += float(loss.detach())
+        return total, torch.cat(grads)
+
+    def fit(
+        self,
+        student: Student,
+        x_s: Tensor,
+        y_s: Tensor,
+        config: InnerConfig,
+        *,
+        mask: Tensor | None = None,
+        seed: int = 0,
+        batch: int = 32,
+        select: Select | None = None,
+    ) -> FitResult:
+        """Train on (x_s, y_s, I) with soft-label cross-entropy; ends with the best student and adapters loaded.
+
+        A frozen encoder is run once.
+        """
+        if not self.adapted:
+            h_s = self.encode_embeds(x_s, mask, batch)
+            return fit_encodings(student, h_s, y_s, config, seed=seed, select=select)
+        return fit_adapters(self, student, x_s, y_s, config, mask=mask, seed=seed, batch=batch, select=select)
 
     def forward_embeds(self, x: Tensor, mask: Tensor | None = None, dropout_seed: int | None = None) -> Tensor:
         """Pooled encodings (m, d) float32 of ``x`` (m, T, d_tok), differentiable; dropout only with a seed."""

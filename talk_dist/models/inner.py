@@ -5,27 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from talk_dist.config import InnerConfig
 from talk_dist.errors import ConfigError
-from talk_dist.models.encoder import Adapters, TextEncoder
 from talk_dist.models.gnn import Student, self_loops
-
-Select = Callable[[Student], float]
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """How training ended. ``selected`` is the best value of ``select``, or minus the best training loss."""
-
-    passes: int
-    loss: float
-    selected: float
+from talk_dist.models.protocol import Adapters, FitResult, Select
 
 
 def soft_labels(y_s: Tensor) -> Tensor:
@@ -34,8 +23,17 @@ def soft_labels(y_s: Tensor) -> Tensor:
     return (positive / positive.sum(1, keepdim=True).clamp_min(1e-12)).float()
 
 
-def fit(
-    encoder: TextEncoder,
+class Adapted(Protocol):
+    """What training needs of an encoder with adapters."""
+
+    def forward_embeds(self, x: Tensor, mask: Tensor | None = None, dropout_seed: int | None = None) -> Tensor: ...
+    def adapter_parameters(self) -> dict[str, nn.Parameter]: ...
+    def adapters(self) -> Adapters: ...
+    def load_adapters(self, adapters: Adapters) -> None: ...
+
+
+def fit_adapters(
+    encoder: Adapted,
     student: Student,
     x_s: Tensor,
     y_s: Tensor,
@@ -46,13 +44,11 @@ def fit(
     batch: int = 32,
     select: Select | None = None,
 ) -> FitResult:
-    """Train on (x_s, y_s, I) with soft-label cross-entropy; ends with the best student and adapters loaded.
+    """Train student and adapters on (x_s, y_s, I).
 
-    A frozen encoder is run once. With adapters the gradients of all batches are summed before the step, so
-    that the batch size changes memory and not the result (but for dropout's draws).
+    The gradients of all batches are summed before the step, so that the batch size changes memory and not the
+    result (but for dropout's draws).
     """
-    if not encoder.adapter_parameters():
-        return fit_encodings(student, encoder.encode_embeds(x_s, mask, batch), y_s, config, seed=seed, select=select)
     targets = soft_labels(y_s)
 
     def step(index: int) -> Tensor:
@@ -89,7 +85,7 @@ def train(
     student: Student,
     config: InnerConfig,
     *,
-    encoder: TextEncoder | None = None,
+    encoder: Adapted | None = None,
     seed: int,
     select: Select | None = None,
 ) -> FitResult:
@@ -142,5 +138,5 @@ def train(
     return FitResult(index, best_loss, best_value)
 
 
-def _snapshot(student: Student, encoder: TextEncoder | None) -> tuple[dict[str, Tensor], Adapters]:
+def _snapshot(student: Student, encoder: Adapted | None) -> tuple[dict[str, Tensor], Adapters]:
     return copy.deepcopy(student.state_dict()), encoder.adapters() if encoder else {}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from talk_dist.data import storage
-from talk_dist.models.encoder import Adapters, TextEncoder
+from talk_dist.models.protocol import Adapters, Encoder
 
 
 class EncodingCache:
@@ -31,7 +31,7 @@ class EncodingCache:
             digest.update(np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()
 
-    def get(self, encoder: TextEncoder, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    def get(self, encoder: Encoder, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """The cached encodings (n, d) float32, or computed now and kept."""
         name = f"encodings/{encoder.fingerprint[:16]}-{self.texts[:16]}-part-{self.part:05d}.npy"
         uri = storage.join(self.path, name)

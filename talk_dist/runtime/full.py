@@ -14,9 +14,11 @@ from torch.nn.functional import cross_entropy
 
 from talk_dist.config import InnerConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
+from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student, local_graph
-from talk_dist.models.inner import FitResult, train
+from talk_dist.models.inner import train
+from talk_dist.models.protocol import Encoder, FitResult
 from talk_dist.runtime.outer import student_accuracy
 from talk_dist.runtime.pool import ShardPool
 
@@ -48,7 +50,7 @@ class WholeGraph:
 
 
 def fit_full(
-    encoder: TextEncoder,
+    encoder: Encoder,
     student: Student,
     pool: ShardPool,
     whole: WholeGraph,
@@ -65,7 +67,7 @@ def fit_full(
     graph = local_graph(student.config.kind, whole.indptr, whole.indices, whole.degree)
     h, train_rows = torch.from_numpy(pool.gather()), torch.from_numpy(whole.train)
     labels = torch.from_numpy(whole.label)
-    if not encoder.adapter_parameters():
+    if not encoder.adapted:
 
         def whole_batch(index: int) -> torch.Tensor:
             loss = cross_entropy(student(h, graph)[train_rows], labels[train_rows])
@@ -74,6 +76,11 @@ def fit_full(
 
         return train(whole_batch, student, config, seed=seed, select=lambda s: student_accuracy(pool, s, "val"))
 
+    if not isinstance(encoder, TextEncoder):
+        raise ConfigError(
+            "training adapters on the full set needs the language model in one process: leave `full` out of "
+            "--evaluation.against, or set deepspeed.workers to 0"
+        )
     batches = -(-len(train_rows) // BATCH)
     generator = np.random.default_rng(seed)
     order = np.concatenate([generator.permutation(whole.train) for _ in range(epochs)])

@@ -13,9 +13,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from talk_dist.config import KernelConfig, RuntimeConfig
+from talk_dist.config import KernelConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
-from talk_dist.models.encoder import Adapters, TextEncoder
+from talk_dist.models.protocol import Adapters, Encoder
+from talk_dist.resources import RuntimeConfig
 from talk_dist.runtime.shard import LossSpec, Sample, Shard, ShardGrads, ShardSpec, StudentState
 
 Progress = Callable[[int, int], None]
@@ -60,7 +61,7 @@ class ShardPool(Protocol):
 class LocalPool:
     """All shards in this process, sharing one encoder."""
 
-    def __init__(self, tag: PreparedTag, encoder: TextEncoder, kernel: KernelConfig, runtime: RuntimeConfig):
+    def __init__(self, tag: PreparedTag, encoder: Encoder, kernel: KernelConfig, runtime: RuntimeConfig):
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
         self.tag = tag

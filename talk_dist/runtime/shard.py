@@ -21,8 +21,8 @@ from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import ConfigError
 from talk_dist.kernel.krr import loss_sums
 from talk_dist.kernel.sntk import kernel_block, node_norms, propagation, to_torch
-from talk_dist.models.encoder import Adapters, TextEncoder
 from talk_dist.models.gnn import Student, local_graph
+from talk_dist.models.protocol import Adapters, Encoder
 from talk_dist.runtime.encodings import EncodingCache
 
 LIVE_BUFFERS = 10  # arrays of the size (rows, M) that a kernel block with gradient holds at its peak
@@ -99,7 +99,7 @@ class _Chunk:
 class Shard:
     """Encode, propagate, and answer. Halo rows come from the pool: `requests`, `rows`, `receive`."""
 
-    def __init__(self, spec: ShardSpec, encoder: TextEncoder):
+    def __init__(self, spec: ShardSpec, encoder: Encoder):
         self.spec, self.encoder = spec, encoder
         tag = PreparedTag(spec.path)
         tag.check_tokenizer(encoder.config.name, encoder.tokenizer.fingerprint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from talk_dist.models.encoder import TextEncoder
+from talk_dist.models.protocol import Encoder
 from talk_dist.synthetic.artifact import SyntheticTAG
 
 
@@ -17,7 +17,7 @@ def nearest_tokens(x_s: Tensor, table: Tensor, chunk: int = 4096) -> Tensor:
     return torch.cat(ids).view(x_s.shape[:2]).cpu()
 
 
-def readings(tag: SyntheticTAG, encoder: TextEncoder) -> list[str]:
+def readings(tag: SyntheticTAG, encoder: Encoder) -> list[str]:
     """One line a synthetic node: the nearest tokens of its embeddings, in order."""
     ids = nearest_tokens(tag.token_embeds, encoder.token_table)
     mask = torch.ones_like(ids) if tag.mask is None else tag.mask

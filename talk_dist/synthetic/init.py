@@ -15,9 +15,9 @@ from torch import Tensor
 
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import TokenLists
-from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
+from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.outer import Objective, student_accuracy
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
@@ -39,7 +39,7 @@ def num_synthetic(size: float, num_nodes: int) -> int:
     return round(size * num_nodes) if size < 1 else int(size)
 
 
-def initialise(pool: ShardPool, encoder: TextEncoder, config: DistillConfig, report: Report) -> Start:
+def initialise(pool: ShardPool, encoder: Encoder, config: DistillConfig, report: Report) -> Start:
     """Start as `config.synthetic.init` says; the pool must hold current encodings."""
     counts = allocate(num_synthetic(config.synthetic.size, pool.tag.num_nodes), pool.tag.train_class_counts)
     labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
@@ -55,7 +55,7 @@ def initialise(pool: ShardPool, encoder: TextEncoder, config: DistillConfig, rep
     return Start(fit_tokens(encoder, x_s, h_s, config, report), y_s, log_temperature)
 
 
-def embed(encoder: TextEncoder, tokens: TokenLists, length: int) -> Tensor:
+def embed(encoder: Encoder, tokens: TokenLists, length: int) -> Tensor:
     """The tokens of each text, cut to ``length`` or repeated up to it, as embeddings (M, T, d_tok)."""
     ids = np.stack([np.resize(tokens[i], length) for i in range(len(tokens))])
     return encoder.token_table[torch.from_numpy(ids).long().to(encoder.device)].cpu().clone()
@@ -94,7 +94,7 @@ def optimise_encodings(
     return best
 
 
-def fit_tokens(encoder: TextEncoder, x_s: Tensor, h_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
+def fit_tokens(encoder: Encoder, x_s: Tensor, h_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
     """Stage two: Adam on the token embeddings, mean squared error of their encodings to ``h_s`` (M, d)."""
     settings, batch = config.two_stage, config.outer.inject_batch
     x_s = x_s.clone().requires_grad_()
@@ -102,15 +102,8 @@ def fit_tokens(encoder: TextEncoder, x_s: Tensor, h_s: Tensor, config: DistillCo
     for step in range(settings.token_steps):
         rate = 0.5 * (1.0 + np.cos(np.pi * step / settings.token_steps))
         optimizer.param_groups[0]["lr"] = settings.token_lr * max(0.05, float(rate))
-        x_s.grad = torch.zeros_like(x_s)
-        residual_sum = 0.0
-        for start in range(0, len(x_s), batch):
-            rows = slice(start, start + batch)
-            leaf = x_s[rows].detach().requires_grad_()
-            residual = encoder.forward_embeds(leaf) - h_s[rows].to(encoder.device)
-            loss = residual.pow(2).sum()
-            x_s.grad[rows] = torch.autograd.grad(loss, leaf)[0].cpu() / h_s.numel()
-            residual_sum += float(loss.detach())
+        residual, gradient = encoder.residual(x_s.detach(), h_s, batch)
+        x_s.grad = gradient / h_s.numel()
         optimizer.step()
-        report("tokens", step + 1, settings.token_steps, {"relative_error": residual_sum / float(h_s.pow(2).sum())})
+        report("tokens", step + 1, settings.token_steps, {"relative_error": residual / float(h_s.pow(2).sum())})
     return x_s.detach()

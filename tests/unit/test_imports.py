@@ -15,6 +15,8 @@ ROOT = Path(talk_dist.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     {"errors"},
+    {"schema"},
+    {"resources"},
     {"config"},
     {"kernel"},
     {"data"},

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from talk_dist.config import InnerConfig, StudentConfig
 from talk_dist.models.gnn import Student, self_loops
-from talk_dist.models.inner import fit, fit_encodings, soft_labels, train
+from talk_dist.models.inner import fit_encodings, soft_labels, train
 
 M, C = 9, 3
 CALM = StudentConfig(hidden=16, dropout=0.0)
@@ -84,7 +84,7 @@ def test_adapters_and_student_learn_together(adapted, synthetic):
     before, fingerprint = adapted.adapters(), adapted.fingerprint
     student = Student(CALM, adapted.width, C, seed=0)
     first = training_loss(adapted, student, *synthetic)
-    result = fit(adapted, student, *synthetic, InnerConfig(passes=12, adapter_lr=1e-2))
+    result = adapted.fit(student, *synthetic, InnerConfig(passes=12, adapter_lr=1e-2))
     for name, value in adapted.adapters().items():
         assert np.abs(value - before[name]).max() > 1e-3, name
     assert result.loss < 0.5 * first
@@ -98,7 +98,7 @@ def test_adapters_help_beyond_the_student(adapted, make_encoder, synthetic):
     """With the same student and passes a lower loss than with the frozen encoder: their gradient is of use."""
     config = InnerConfig(passes=12, adapter_lr=1e-2)
     losses = [
-        fit(encoder, Student(CALM, encoder.width, C, seed=0), *synthetic, config).loss
+        encoder.fit(Student(CALM, encoder.width, C, seed=0), *synthetic, config).loss
         for encoder in (adapted, make_encoder())
     ]
     assert losses[0] < 0.9 * losses[1]
@@ -108,14 +108,14 @@ def test_the_best_pass_is_what_remains(adapted, synthetic):
     """With a step size that overshoots, the last pass is not the best: loss and state are those of the best."""
     adapted.reset_adapters(0)
     student = Student(CALM, adapted.width, C, seed=0)
-    result = fit(adapted, student, *synthetic, InnerConfig(passes=9, gnn_lr=0.3, adapter_lr=0.05))
+    result = adapted.fit(student, *synthetic, InnerConfig(passes=9, gnn_lr=0.3, adapter_lr=0.05))
     assert training_loss(adapted, student, *synthetic) == pytest.approx(result.loss, rel=1e-4)
     assert result.selected == -result.loss
     losses = []  # the same run, one pass after another
     for passes in range(1, 10):
         adapted.reset_adapters(0)
         fresh = Student(CALM, adapted.width, C, seed=0)
-        losses.append(fit(adapted, fresh, *synthetic, InnerConfig(passes=passes, gnn_lr=0.3, adapter_lr=0.05)).loss)
+        losses.append(adapted.fit(fresh, *synthetic, InnerConfig(passes=passes, gnn_lr=0.3, adapter_lr=0.05)).loss)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == losses[-2] == result.loss < losses[0]
 
@@ -127,7 +127,7 @@ def test_the_batch_changes_memory_not_the_result(adapted, synthetic, batch):
     for size in (batch, M):
         adapted.reset_adapters(0)
         student = Student(CALM, adapted.width, C, seed=0)
-        result = fit(adapted, student, *synthetic, InnerConfig(passes=4, adapter_lr=1e-3), batch=size)
+        result = adapted.fit(student, *synthetic, InnerConfig(passes=4, adapter_lr=1e-3), batch=size)
         states.append(state_of(student, adapted) | {"loss": result.loss})
     for name, value in states[0].items():
         np.testing.assert_allclose(value, states[1][name], rtol=0, atol=2e-4)
@@ -143,7 +143,7 @@ def test_fit_follows_from_its_seed(make_encoder, synthetic, adapters):
         encoder.reset_adapters(0)
         student = Student(StudentConfig(hidden=16, dropout=0.5), encoder.width, C, seed=0)
         before = torch.get_rng_state()
-        fit(encoder, student, *synthetic, InnerConfig(passes=5), seed=seed, batch=4)
+        encoder.fit(student, *synthetic, InnerConfig(passes=5), seed=seed, batch=4)
         assert torch.equal(torch.get_rng_state(), before)
         states.append(state_of(student, encoder))
     assert same(states[0], states[1])
@@ -157,7 +157,7 @@ def test_a_frozen_encoder_runs_once(make_encoder, synthetic, monkeypatch):
     original = encoder.forward_embeds
     monkeypatch.setattr(encoder, "forward_embeds", lambda x, *rest: calls.append(len(x)) or original(x, *rest))
     students = [Student(CALM, encoder.width, C, seed=0) for _ in range(2)]
-    fit(encoder, students[0], *synthetic, InnerConfig(passes=15), batch=4, seed=2)
+    encoder.fit(students[0], *synthetic, InnerConfig(passes=15), batch=4, seed=2)
     assert calls == [4, 4, 1]
     fit_encodings(students[1], encoder.encode_embeds(synthetic[0]), synthetic[1], InnerConfig(passes=15), seed=2)
     for one, two in zip(students[0].parameters(), students[1].parameters(), strict=True):
@@ -175,7 +175,7 @@ def test_a_mask_hides_tokens_in_training(adapted, synthetic):
     for x in (x_s, noisy):
         adapted.reset_adapters(0)
         student = Student(CALM, adapted.width, C, seed=0)
-        fit(adapted, student, x, y_s, InnerConfig(passes=3), mask=mask)
+        adapted.fit(student, x, y_s, InnerConfig(passes=3), mask=mask)
         states.append(state_of(student, adapted))
     assert all(np.abs(value - states[1][name]).max() < 1e-4 for name, value in states[0].items())
 

@@ -56,6 +56,17 @@ def test_every_wrong_setting_is_named_at_once(told, tmp_path):
     assert "10 problems" in err
 
 
+def test_a_section_can_be_given_by_its_kind():
+    _, config, _ = read(COMMANDS["distill"], ["--runtime", "ray", "--student", "sage", "--deepspeed.workers", "2"])
+    assert (config.runtime.kind, config.student.kind, config.deepspeed.workers) == ("ray", "sage", 2)
+
+
+def test_whole_numbers_of_a_choice_are_listed(told):
+    _, err = told("distill", "--deepspeed.stage", "5", "--runtime", "rai", code=2)
+    assert "--deepspeed.stage = '5': must be one of 0, 1, 2, 3" in err
+    assert "--runtime.kind = 'rai': must be one of local, ray" in err
+
+
 def test_values_out_of_range_are_named_where_they_were_set(told):
     _, err = told("distill", "--outer.lr", "-1", "--evaluation.recipe.passes", "0", "--inner.patience", "0", code=2)
     for problem in ("outer.lr = -1.0: positive", "evaluation.recipe.passes = 0: ", "inner.patience = 0: at least 1"):

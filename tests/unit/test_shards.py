@@ -10,9 +10,10 @@ import pytest
 import reference
 import torch
 
-from talk_dist.config import DistillConfig, KernelConfig, OuterConfig, RuntimeConfig, StudentConfig
+from talk_dist.config import DistillConfig, KernelConfig, OuterConfig, StudentConfig
 from talk_dist.errors import ConfigError, DataError
 from talk_dist.models.gnn import Student, local_graph
+from talk_dist.resources import RuntimeConfig
 from talk_dist.runtime import shard as shard_module
 from talk_dist.runtime.outer import Objective, accuracy
 from talk_dist.runtime.pool import LocalPool

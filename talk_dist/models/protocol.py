@@ -1,0 +1,92 @@
+"""What the method needs of a language model, wherever it lives: one process, or workers that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from talk_dist.config import EncoderConfig, InnerConfig
+from talk_dist.data.tag import TokenLists
+from talk_dist.data.tokenizer import Tokenizer
+from talk_dist.models.gnn import Student
+
+Adapters = dict[str, np.ndarray]
+Progress = Callable[[int, int], None]
+Select = Callable[[Student], float]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How training ended. ``selected`` is the best value of ``select``, or minus the best training loss."""
+
+    passes: int
+    loss: float
+    selected: float
+
+
+class Encoder(Protocol):
+    """`TextEncoder` is the tested truth; what spreads the work must agree with it within stated tolerances."""
+
+    config: EncoderConfig
+    device: torch.device
+    pooling: str
+    width: int
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def token_table(self) -> Tensor:
+        """(vocabulary, d_tok) the embedding of every token."""
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens that a synthetic node can have."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of the frozen weights and of how they are used."""
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there are adapters to train."""
+
+    def adapters(self) -> Adapters:
+        """A copy of the adapters, to be shipped to shards; empty in the frozen mode."""
+
+    def load_adapters(self, adapters: Adapters) -> None: ...
+    def reset_adapters(self, seed: int) -> None: ...
+
+    def encode_tokens(self, tokens: TokenLists, progress: Progress | None = None) -> np.ndarray:
+        """Encodings (n, d) float32 of n texts."""
+
+    def encode_embeds(
+        self, x: Tensor, mask: Tensor | None = None, batch: int = 32, dropout_seed: int | None = None
+    ) -> Tensor:
+        """Encodings (M, d) of token embeddings (M, T, d_tok), without gradient."""
+
+    def inject(
+        self, x: Tensor, d_hs: Tensor, mask: Tensor | None = None, batch: int = 32, dropout_seed: int | None = None
+    ) -> Tensor:
+        """Gradient (M, T, d_tok) of <phi(x), d_hs>."""
+
+    def residual(self, x: Tensor, target: Tensor, batch: int = 32) -> tuple[float, Tensor]:
+        """||phi(x) - target||^2 and its gradient (M, T, d_tok), in one pass."""
+
+    def fit(
+        self,
+        student: Student,
+        x_s: Tensor,
+        y_s: Tensor,
+        config: InnerConfig,
+        *,
+        mask: Tensor | None = None,
+        seed: int = 0,
+        batch: int = 32,
+        select: Select | None = None,
+    ) -> FitResult:
+        """The inner loop: train student and adapters on the synthetic set; the best of both end up loaded."""

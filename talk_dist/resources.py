@@ -1,0 +1,83 @@
+"""Settings that say where a run lives: processes, cores, GPUs, memory. The mathematics does not depend on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from talk_dist.schema import check
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """One process, or actors on a Ray cluster."""
+
+    kind: Literal["local", "ray"] = "local"
+    """`local`: all shards in this process. `ray`: each shard in an actor, as `cluster` says."""
+    threads: int = 0
+    """Threads of every process (0: all cores; with ray, an actor's share of them). Part of the configuration
+    because it changes the last bits."""
+    cache: bool = True
+    """Keep the frozen encoder's encodings beside the prepared TAG, for later runs."""
+
+    def __post_init__(self) -> None:
+        check("runtime", threads=(self.threads >= 0, self.threads, "not negative"))
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """With `runtime.kind: ray`: which cluster, and what of it."""
+
+    address: str = ""
+    """`auto` or host:port of a running cluster's head; empty: the one that RAY_ADDRESS names, else a Ray that is
+    started here for this run."""
+    actors: int = 0
+    """Actors that hold shards (0: one a partition)."""
+    cpus: float = 0.0
+    """Cores reserved for an actor (0: its threads)."""
+    gpus: float = 0.0
+    """GPUs reserved for an actor; a fraction shares one."""
+    memory_gib: float = 0.0
+    """Memory reserved for an actor (0: what `estimate` says)."""
+    wait_seconds: float = 300.0
+    """How long to wait for these resources, at the start and when a node is lost."""
+    attempts: int = 4
+    """An actor that dies so many times in the same call is given up; one that dies elsewhere is replaced."""
+
+    def __post_init__(self) -> None:
+        check(
+            "cluster",
+            actors=(self.actors >= 0, self.actors, "not negative"),
+            cpus=(self.cpus >= 0, self.cpus, "not negative"),
+            gpus=(self.gpus >= 0, self.gpus, "not negative"),
+            memory_gib=(self.memory_gib >= 0, self.memory_gib, "not negative"),
+            wait_seconds=(self.wait_seconds > 0, self.wait_seconds, "positive"),
+            attempts=(self.attempts >= 1, self.attempts, "at least 1"),
+        )
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """With `runtime.kind: ray`: the language model on workers of its own, under DeepSpeed's ZeRO."""
+
+    workers: int = 0
+    """Workers that share the synthetic nodes (0: the driver holds the language model itself)."""
+    stage: Literal[0, 1, 2, 3] = 1
+    """What is split over the workers: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
+    offload: bool = False
+    """Keep optimizer states (and, at stage 3, parameters) in host memory."""
+    encode_texts: bool = False
+    """Encode the real texts on these workers too: for a model that does not fit one device (stage 3)."""
+    cpus: float = 1.0
+    """Cores reserved for a worker."""
+    gpus: float = 0.0
+    """GPUs reserved for a worker, whole ones."""
+
+    def __post_init__(self) -> None:
+        check(
+            "deepspeed",
+            workers=(self.workers >= 0, self.workers, "not negative"),
+            cpus=(self.cpus >= 0, self.cpus, "not negative"),
+            gpus=(self.gpus >= 0 and float(self.gpus).is_integer(), self.gpus, "a whole number"),
+            encode_texts=(not self.encode_texts or self.workers > 0, self.encode_texts, "needs deepspeed.workers"),
+        )
