@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -50,28 +51,30 @@ def distill(
     initial_seconds = time.monotonic() - started
 
     while state.epoch <= config.outer.epochs and state.epoch - max(state.best_epoch, 0) <= config.outer.patience:
-        clock = _Clock()
+        meter, started = pool.meter, time.monotonic()
+        meter.take()
         seed = config.seed + 1000 * (state.epoch + 1)
         encoder.reset_adapters(seed)
         student = Student(config.student, encoder.width, state.y_s.shape[1], seed)
-        inner = encoder.fit(student, state.x_s, state.y_s, config.inner, seed=seed, batch=config.outer.inject_batch)
-        clock.lap("inner")
+        with meter.time("inner"):
+            batch = config.outer.inject_batch
+            inner = encoder.fit(student, state.x_s, state.y_s, config.inner, seed=seed, batch=batch)
         pool.encode(encoder.adapters(), lambda done, total: tell.progress("encode", done, total, {}))
-        clock.lap("encode")
-        h_s = encoder.encode_embeds(state.x_s, batch=config.outer.inject_batch)
-        record: dict[str, Any] = {
-            "epoch": state.epoch,
-            "val_accuracy": student_accuracy(pool, student, "val"),
-            "krr_val_accuracy": accuracy(objective.krr_counts(h_s, state.y_s, "val")),
-            "inner_loss": inner.loss,
-            "inner_passes": inner.passes,
-        }
+        with meter.time("validate"):
+            h_s = encoder.encode_embeds(state.x_s, batch=batch)
+            record: dict[str, Any] = {
+                "epoch": state.epoch,
+                "val_accuracy": student_accuracy(pool, student, "val"),
+                "krr_val_accuracy": accuracy(objective.krr_counts(h_s, state.y_s, "val")),
+                "inner_loss": inner.loss,
+                "inner_passes": inner.passes,
+            }
         record["best"] = state.offer(record["val_accuracy"])
-        clock.lap("validate")
+        seconds: dict[str, Any] = meter.take()
         if state.epoch < config.outer.epochs:
-            record["loss"] = outer_steps(state, encoder, objective, config, tell)
-            clock.lap("steps")
-        record["seconds"] = clock.laps | {"epoch": clock.total}
+            record["loss"], seconds["steps"] = outer_steps(state, encoder, objective, config, tell)
+        record["seconds"] = seconds | {"epoch": round(time.monotonic() - started, 3)}
+        record["vitals"] = asdict(pool.vitals())
         state.history.append(record)
         state.epoch += 1
         tell.epoch(record)
@@ -91,20 +94,23 @@ def distill(
 
 def outer_steps(
     state: DistillState, encoder: Encoder, objective: Objective, config: DistillConfig, tell: Callback
-) -> list[float]:
-    """S outer steps on ``state``, in place; returns the loss before each (method, section 2, step 5)."""
-    outer, losses = config.outer, []
+) -> tuple[list[float], list[dict[str, float]]]:
+    """S outer steps on ``state``, in place; the loss before each and its seconds (method, section 2, step 5)."""
+    outer, meter, losses, seconds = config.outer, objective.pool.meter, [], []
     optimizer = OuterOptimizer(state, outer.lr, outer.label_lr, outer.temperature_lr, outer.weight_decay)
     for step in range(outer.steps):
         dropout = config.seed + 1_000_003 * (state.epoch + 1) + 4099 * step if outer.dropout else None
-        h_s = encoder.encode_embeds(state.x_s, batch=outer.inject_batch, dropout_seed=dropout)
+        with meter.time("inject"):
+            h_s = encoder.encode_embeds(state.x_s, batch=outer.inject_batch, dropout_seed=dropout)
         gradient = objective(h_s, state.y_s, float(state.log_temperature))
-        d_xs = encoder.inject(state.x_s, gradient.d_hs, batch=outer.inject_batch, dropout_seed=dropout)
+        with meter.time("inject"):
+            d_xs = encoder.inject(state.x_s, gradient.d_hs, batch=outer.inject_batch, dropout_seed=dropout)
         d_ys = gradient.d_ys if config.synthetic.learn_labels else None
         optimizer.step(d_xs, d_ys, gradient.d_log_temperature)
         losses.append(gradient.loss)
+        seconds.append(meter.take())
         tell.progress("steps", step + 1, outer.steps, {"loss": gradient.loss})
-    return losses
+    return losses, seconds
 
 
 def describe(pool: ShardPool, encoder: Encoder, config: DistillConfig) -> dict:
@@ -122,19 +128,3 @@ def describe(pool: ShardPool, encoder: Encoder, config: DistillConfig) -> dict:
         "threads": torch.get_num_threads(),
         "distill": config.to_dict(),
     }
-
-
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.monotonic()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name], self.last = round(now - self.last, 3), now
-
-    @property
-    def total(self) -> float:
-        return round(self.last - self.start, 3)

@@ -40,3 +40,7 @@ class DataError(TalkDistError, ValueError):
             lines = "".join(f"\n  {i}. {p}" for i, p in enumerate(self.problems, 1))
             message = f"{where}: {len(self.problems)} problems{lines}"
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[str, list[str]]]:
+        """Errors travel between processes; the default would call this class with its message alone."""
+        return type(self), (self.where, self.problems)

@@ -17,7 +17,8 @@ from talk_dist.data.tag import PreparedTag
 from talk_dist.data.tokenizer import load_pretrained
 from talk_dist.errors import ConfigError, DataError
 from talk_dist.evaluate import EvaluateConfig
-from talk_dist.models.encoder import bfloat16, pick_device
+from talk_dist.models.device import bfloat16, pick_device
+from talk_dist.models.encoder import load_encoder
 from talk_dist.runtime import estimate
 from talk_dist.runtime.callbacks import ProgressLines
 from talk_dist.synthetic.artifact import SyntheticTAG
@@ -151,8 +152,6 @@ class Export:
         encodings = None
         if self.encodings:
             config = preflight.distilled_with(synthetic, path)
-            encodings = (
-                preflight.load_encoder(config.encoder).encode_embeds(synthetic.token_embeds, synthetic.mask).cpu()
-            )
+            encodings = load_encoder(config.encoder).encode_embeds(synthetic.token_embeds, synthetic.mask).cpu()
         synthetic.export_pyg(self.out, encodings)
         print(f"{self.out}: read it with Data.from_dict(torch.load({self.out!r}, weights_only=True))")

@@ -10,13 +10,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from talk_dist.config import DistillConfig, EncoderConfig
+from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
-from talk_dist.data.tokenizer import load_tokenizer
 from talk_dist.errors import CapacityError, ConfigError, DataError, TalkDistError
 from talk_dist.evaluate import EvaluateConfig
-from talk_dist.models.encoder import TextEncoder
+from talk_dist.models.encoder import TextEncoder, load_encoder
 from talk_dist.runtime import estimate
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
 from talk_dist.synthetic.coresets import allocate
@@ -52,16 +51,6 @@ def listed(problems: Sequence[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems" + "".join(f"\n  {i}. {p}" for i, p in enumerate(problems, 1))
-
-
-def load_encoder(config: EncoderConfig) -> TextEncoder:
-    """The encoder, without transformers' bars and advice to developers."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    load_tokenizer(config.name)  # says at once what is wrong with a name; the model's loader asks the hub for a minute
-    return TextEncoder(config)
 
 
 def check_out(out: str) -> None:

@@ -21,6 +21,7 @@ from talk_dist.config import EncoderConfig, InnerConfig
 from talk_dist.data.tag import TokenLists
 from talk_dist.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer, resolve_checkpoint
 from talk_dist.errors import ConfigError
+from talk_dist.models.device import bfloat16, pick_device
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_adapters, fit_encodings
 from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
@@ -125,28 +126,21 @@ class TextEncoder:
     # -- encoding ---------------------------------------------------------------------------------------
 
     def encode_tokens(self, tokens: TokenLists, progress: Progress | None = None) -> np.ndarray:
-        """Encodings (n, d) float32 of n token lists, without gradient.
-
-        Exact duplicates are encoded once; batches hold texts of like length, so that little is padding.
-        """
-        first: dict[bytes, int] = {}
-        source = np.array([first.setdefault(tokens[i].tobytes(), i) for i in range(len(tokens))], dtype=np.int64)
-        unique = np.unique(source)
-        lengths = np.diff(tokens.offsets)
-        order = unique[np.argsort(-lengths[unique], kind="stable")]
-        out = np.zeros((len(tokens), self.width), dtype=np.float32)
-        start = 0
-        while start < len(order):
-            longest = max(1, int(lengths[order[start]]))
-            batch = order[start : start + max(1, self.config.batch_tokens // longest)]
-            ids, mask = map(torch.from_numpy, tokens.padded(batch))
-            with torch.inference_mode():
-                pooled = self._forward(mask, input_ids=ids.to(self.device))
-            out[batch] = pooled.float().cpu().numpy()
-            start += len(batch)
+        """Encodings (n, d) float32 of n token lists, without gradient; exact duplicates are encoded once."""
+        source, batches = token_batches(tokens, self.config.batch_tokens)
+        out, done, total = np.zeros((len(tokens), self.width), dtype=np.float32), 0, sum(map(len, batches))
+        for batch in batches:
+            out[batch] = self.encode_batch(tokens, batch)
+            done += len(batch)
             if progress is not None:
-                progress(start, len(order))
+                progress(done, total)
         return out[source]
+
+    def encode_batch(self, tokens: TokenLists, rows: np.ndarray) -> np.ndarray:
+        """Encodings (len(rows), d) float32 of some of the token lists, in one pass."""
+        ids, mask = map(torch.from_numpy, tokens.padded(rows))
+        with torch.no_grad():  # not inference_mode: weights that ZeRO-3 gathers here are used with gradient later
+            return self._forward(mask, input_ids=ids.to(self.device)).float().cpu().numpy()
 
     def encode_embeds(
         self, x: Tensor, mask: Tensor | None = None, batch: int = 32, dropout_seed: int | None = None
@@ -239,6 +233,34 @@ class TextEncoder:
                     module.eval()
 
 
+def load_encoder(config: EncoderConfig) -> TextEncoder:
+    """The encoder, without transformers' bars and advice to developers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    load_tokenizer(config.name)  # says at once what is wrong with a name; the model's loader asks the hub for a minute
+    return TextEncoder(config)
+
+
+def token_batches(tokens: TokenLists, batch_tokens: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """For n token lists: the row (n,) whose encoding each takes, and the batches of rows that are encoded.
+
+    Exact duplicates are encoded once; batches hold texts of like length, so that little is padding.
+    """
+    first: dict[bytes, int] = {}
+    source = np.array([first.setdefault(tokens[i].tobytes(), i) for i in range(len(tokens))], dtype=np.int64)
+    unique = np.unique(source)
+    lengths = np.diff(tokens.offsets)
+    order = unique[np.argsort(-lengths[unique], kind="stable")]
+    batches: list[np.ndarray] = []
+    while len(order):
+        size = max(1, batch_tokens // max(1, int(lengths[order[0]])))
+        batches.append(order[:size])
+        order = order[size:]
+    return source, batches
+
+
 def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
@@ -249,31 +271,6 @@ def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
 
 def _seed(seed: int | None, rows: slice) -> int | None:
     return None if seed is None else seed + rows.start
-
-
-def pick_device(name: str) -> str:
-    """The torch device that the setting ``name`` means here. Raises ConfigError for a GPU that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"encoder.device = {name!r}, but torch sees no GPU here; use auto or cpu")
-    return name
-
-
-def bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether encoder passes run under bfloat16 autocast on ``device``."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
-
-
-def _cpu_flags() -> str:
-    info = Path("/proc/cpuinfo")
-    return (
-        next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
-    )
 
 
 def _pooling(config: EncoderConfig, model: nn.Module) -> str:

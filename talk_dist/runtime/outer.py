@@ -41,17 +41,15 @@ class Objective:
         """Loss and gradient at encodings ``h_s`` (M, d) and labels ``y_s`` (M, C)."""
         kernel, kind = self.config.kernel, self.config.outer.loss
         h_s = h_s.cpu()
-        solution = dual_coefficients(synthetic_kernel(h_s.double(), kernel.hops, kernel.layers), y_s, kernel.ridge)
+        meter = self.pool.meter
+        with meter.time("solve"):
+            k_ss = synthetic_kernel(h_s.double(), kernel.hops, kernel.layers)
+            solution = dual_coefficients(k_ss, y_s, kernel.ridge)
         sums = self.pool.loss_and_grads(h_s.numpy(), solution.dual.numpy(), LossSpec(kind, log_temperature))
         scale = loss_scale(kind, sums.num_rows, y_s.shape[1])
-        d_hs, d_ys = complete_gradient(
-            h_s,
-            solution,
-            scale * torch.from_numpy(sums.d_dual),
-            scale * torch.from_numpy(sums.d_hs),
-            kernel.hops,
-            kernel.layers,
-        )
+        d_dual, d_hs = scale * torch.from_numpy(sums.d_dual), scale * torch.from_numpy(sums.d_hs)
+        with meter.time("solve"):
+            d_hs, d_ys = complete_gradient(h_s, solution, d_dual, d_hs, kernel.hops, kernel.layers)
         return OuterGradient(scale * sums.loss, d_hs, d_ys, scale * sums.d_log_temperature)
 
     def krr_counts(self, h_s: Tensor, y_s: Tensor, split: str) -> np.ndarray:

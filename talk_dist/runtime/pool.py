@@ -6,6 +6,8 @@ has M rows or fewer, is a bounded sample, or is a count, and everything is summe
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,11 +17,10 @@ import torch
 
 from talk_dist.config import KernelConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
-from talk_dist.models.protocol import Adapters, Encoder
+from talk_dist.models.protocol import Adapters, Encoder, Progress
 from talk_dist.resources import RuntimeConfig
+from talk_dist.runtime.meter import Meter
 from talk_dist.runtime.shard import LossSpec, Sample, Shard, ShardGrads, ShardSpec, StudentState
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,21 @@ class TrainSample:
     place: np.ndarray  # (n, 2) shard, row: for `ShardPool.tokens`
 
 
+@dataclass(frozen=True)
+class Vitals:
+    """How the processes of a pool fare, since it was made."""
+
+    bytes_moved: int  # between processes
+    restarts: int
+    host_bytes: dict[str, int]  # process -> peak of its resident memory
+    gpu_bytes: dict[str, int]  # process -> peak of what torch allocated
+
+
 class ShardPool(Protocol):
     """What the method needs of the real graph, wherever its shards live."""
 
     tag: PreparedTag
+    meter: Meter
 
     def encode(self, adapters: Adapters, progress: Progress | None = None) -> None:
         """Encode all texts, exchange halos, propagate; nothing to do if these adapters are current."""
@@ -57,6 +69,9 @@ class ShardPool(Protocol):
     def gather(self) -> np.ndarray:
         """All encodings (N, d), by shard. For the full-data reference alone: this one does grow with N."""
 
+    def vitals(self) -> Vitals:
+        """Memory, traffic and restarts so far."""
+
 
 class LocalPool:
     """All shards in this process, sharing one encoder."""
@@ -68,24 +83,29 @@ class LocalPool:
         self.shards = [
             Shard(ShardSpec(tag.path, part, kernel, runtime.cache), encoder) for part in range(tag.num_parts)
         ]
+        self.meter = Meter()
         self._halo_depth = max(1, kernel.hops - 1)
         self._exchanged = False
 
     def encode(self, adapters: Adapters, progress: Progress | None = None) -> None:
-        changed = [shard.encode(adapters, progress) for shard in self.shards]
+        with self.meter.time("encode"):
+            changed = [shard.encode(adapters, progress) for shard in self.shards]
         if self._exchanged and not any(changed):
             return
         self._exchanged = False  # until the end: an interrupt in between must not leave new H beside old Z
         self._exchange("H", 1)
-        for shard in self.shards:
-            shard.propagate()
+        with self.meter.time("propagate"):
+            for shard in self.shards:
+                shard.propagate()
         self._exchange("Z", self._halo_depth)
-        for shard in self.shards:
-            shard.measure_norms()
+        with self.meter.time("propagate"):
+            for shard in self.shards:
+                shard.measure_norms()
         self._exchanged = True
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
-        return add_grads([shard.loss_and_grads(h_s, dual, loss) for shard in self.shards])
+        with self.meter.time("kernel"):
+            return add_grads([shard.loss_and_grads(h_s, dual, loss) for shard in self.shards])
 
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
         return add([shard.krr_scores(h_s, dual, split) for shard in self.shards])
@@ -106,13 +126,27 @@ class LocalPool:
     def tokens(self, place: np.ndarray) -> TokenLists:
         return join_tokens(place, lambda shard, rows: self.shards[shard].tokens(rows))
 
+    def vitals(self) -> Vitals:
+        return Vitals(0, 0, {"driver": peak_memory()}, {"driver": peak_gpu_memory()})
+
     def gather(self) -> np.ndarray:
         return np.concatenate([shard.rows("H", np.arange(shard.part.num_own)) for shard in self.shards])
 
     def _exchange(self, name: str, depth: int) -> None:
-        for shard in self.shards:
-            replies = [self.shards[owner].rows(name, rows) for owner, rows in shard.requests(depth)]
-            shard.receive(name, depth, replies)
+        with self.meter.time("exchange"):
+            for shard in self.shards:
+                replies = [self.shards[owner].rows(name, rows) for owner, rows in shard.requests(depth)]
+                shard.receive(name, depth, replies)
+
+
+def peak_memory() -> int:
+    """Bytes of resident memory that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_gpu_memory() -> int:
+    """Bytes that torch has allocated at most on this process's GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
 
 
 def add(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,0 +1,101 @@
+"""What the processes of a run get of a cluster: how many, on which cores, GPUs and memory, and the wait for it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from talk_dist.errors import CapacityError
+from talk_dist.resources import ClusterConfig, RuntimeConfig
+from talk_dist.runtime.estimate import gib
+
+TOLD_EVERY = 10.0  # seconds between lines about what is missing
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """Parts by actor, and what each actor reserves."""
+
+    parts: tuple[tuple[int, ...], ...]
+    cpus: float
+    gpus: float
+    memory: int
+    threads: int
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        one = {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory)}
+        return [{name: value for name, value in one.items() if value} for _ in self.parts]
+
+
+def allot(
+    num_parts: int,
+    nodes: Sequence[dict[str, float]],
+    runtime: RuntimeConfig,
+    cluster: ClusterConfig,
+    memory: Callable[[Sequence[int]], int],
+) -> Allotment:
+    """Who gets what, from the settings and the resources of the nodes that are there now.
+
+    As many actors as there are parts, GPUs (where there are any) and cores for; each takes an equal share of the
+    cores that are not another's. ``memory`` says what an actor with these parts needs, in bytes.
+    """
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    total = sum(cores)
+    num_gpus = sum(node.get("GPU", 0) for node in nodes)
+    gpus = cluster.gpus if cluster.gpus >= 0 else float(num_gpus > 0)
+    actors = min(cluster.actors or num_parts, num_parts)
+    if not cluster.actors and total:  # a cluster that starts its workers when asked has none yet
+        actors = min(actors, max(1, int(total // (cluster.cpus or runtime.threads or 1))))
+        actors = min(actors, max(1, int(num_gpus // gpus))) if gpus else actors
+    share = max(1, min(total // actors, max(cores, default=1)))
+    cpus = cluster.cpus or float(runtime.threads or share)
+    parts = tuple(tuple(range(index, num_parts, actors)) for index in range(actors))
+    needed = max(memory(mine) for mine in parts)
+    reserved = int(cluster.memory_gib * 2**30) or needed
+    return Allotment(parts, cpus, gpus, reserved, runtime.threads or max(1, math.floor(cpus)))
+
+
+def reserve(
+    bundles: Sequence[dict[str, float]], strategy: str, wait_seconds: float, what: str, remedy: str
+) -> PlacementGroup:
+    """A placement group, once it is there. Raises CapacityError, with what is missing, after ``wait_seconds``."""
+    group = placement_group(list(bundles), strategy=strategy)
+    started = told = time.monotonic()
+    while not group.wait(timeout_seconds=min(2.0, wait_seconds)):
+        now = time.monotonic()
+        if now - started >= wait_seconds:
+            remove_placement_group(group)
+            raise CapacityError(f"{shortage(bundles, what)}; waited {wait_seconds:.0f} s. {remedy}")
+        if now - told >= TOLD_EVERY:
+            told = now
+            print(f"{shortage(bundles, what)}; waiting {wait_seconds - (now - started):.0f} s more", file=sys.stderr)
+    return group
+
+
+def shortage(bundles: Sequence[dict[str, float]], what: str) -> str:
+    """What was asked of the cluster beside what it has."""
+    wanted, has, free = _total(bundles), ray.cluster_resources(), ray.available_resources()
+    names = [name for name in ("CPU", "GPU", "memory") if wanted.get(name)]
+    parts = [
+        f"{_amount(name, wanted[name])} (it has {_amount(name, has.get(name, 0))}, "
+        f"{_amount(name, free.get(name, 0))} free)"
+        for name in names
+    ]
+    each = " and ".join(_amount(name, bundles[0][name]) for name in names if name in bundles[0])
+    nodes = len([node for node in ray.nodes() if node["Alive"]])
+    return f"no room for {what}: {len(bundles)} × ({each}) ask the cluster of {nodes} node(s) for {', '.join(parts)}"
+
+
+def _total(bundles: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for bundle in bundles for name in bundle}
+
+
+def _amount(name: str, value: float) -> str:
+    return gib(value) if name == "memory" else f"{value:g} {name}"

@@ -1,0 +1,229 @@
+"""The pool of shards over Ray actors: `LocalPool`'s answers to the bit, whatever dies on the way.
+
+What crosses the driver has M rows or fewer, or is a count: encodings and halo rows go from actor to actor. A shard
+is rebuilt from storage, so an actor that is lost is replaced, brought to the current encoding, and asked again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from cluster.crew import Crew, Failures, Start
+from cluster.failure import Event
+from cluster.placement import Allotment
+from talk_dist.config import EncoderConfig, KernelConfig
+from talk_dist.data.tag import PreparedTag, TokenLists
+from talk_dist.errors import ShardError
+from talk_dist.models.protocol import Adapters, Progress
+from talk_dist.resources import ClusterConfig, RuntimeConfig
+from talk_dist.runtime.encodings import EncodingCache
+from talk_dist.runtime.estimate import gib
+from talk_dist.runtime.meter import Meter
+from talk_dist.runtime.pool import (
+    TrainSample,
+    Vitals,
+    add,
+    add_grads,
+    join_tokens,
+    merge_samples,
+    peak_gpu_memory,
+    peak_memory,
+)
+from talk_dist.runtime.shard import LossSpec, ShardGrads, ShardSpec, StudentState
+
+
+class RayPool:
+    """A shard pool whose shards live in actors. Raises ShardError, CapacityError, and what the shards raise."""
+
+    def __init__(
+        self,
+        tag: PreparedTag,
+        encoder: EncoderConfig,
+        kernel: KernelConfig,
+        runtime: RuntimeConfig,
+        cluster: ClusterConfig,
+        allotment: Allotment,
+    ):
+        torch.set_num_threads(allotment.threads)  # the driver's bits depend on it too
+        self.tag, self.meter = tag, Meter()
+        self._encoder = dataclasses.replace(encoder, name=_everywhere(encoder.name))
+        path = _everywhere(tag.path)
+        self._specs = [ShardSpec(path, part, kernel, runtime.cache) for part in range(tag.num_parts)]
+        self._level = dict.fromkeys(range(tag.num_parts), 0)  # part -> phases of `_bring_up` behind it
+        self._halo_depth = max(1, kernel.hops - 1)
+        self._version: str | None = None
+        self._adapters: Any = None
+        self._bytes_moved = 0
+        self._crew = Crew(allotment, cluster, lambda parts: self._level.update(dict.fromkeys(parts, 0)), self._explain)
+
+    def close(self) -> None:
+        """Give the cluster its resources back."""
+        self._crew.close()
+
+    # -- the protocol -------------------------------------------------------------------------------------
+
+    def encode(self, adapters: Adapters, progress: Progress | None = None) -> None:
+        version = EncodingCache.version(adapters)
+        if version != self._version:
+            self._version, self._adapters = version, self._broadcast(adapters)
+            self._level = {part: min(level, 1) for part, level in self._level.items()}
+        self._bring_up(Failures(), progress)
+
+    def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
+        with self.meter.time("kernel"):
+            return add_grads(self._ask("loss_and_grads", self._broadcast(h_s), self._broadcast(dual), loss))
+
+    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
+        return add(self._ask("krr_scores", self._broadcast(h_s), self._broadcast(dual), split))
+
+    def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
+        state, stages, failures = self._broadcast(student), student.build().num_stages, Failures()
+        while True:
+            self._bring_up(failures)
+            scores = self._student_scores(state, stages, splits, failures)
+            if scores is not None:
+                return scores
+
+    def sample(self, per_class: int, seed: int) -> TrainSample:
+        return merge_samples(self._ask("sample", per_class, seed), per_class)
+
+    def tokens(self, place: np.ndarray) -> TokenLists:
+        return join_tokens(place, lambda part, rows: self._ask("tokens", rows, parts=[part])[0])
+
+    def gather(self) -> np.ndarray:
+        own = [part["nodes"] for part in self.tag.meta["parts"]]
+        return np.concatenate(
+            [self._ask("rows", "H", np.arange(count), parts=[part])[0] for part, count in enumerate(own)]
+        )
+
+    def vitals(self) -> Vitals:
+        host, gpu = {"driver": peak_memory()}, {"driver": peak_gpu_memory()}
+        for index, peak in self._crew.look().items():
+            name = "shard-" + "+".join(map(str, self._crew.allotment.parts[index]))
+            host[name], gpu[name] = peak["host_bytes"], peak["gpu_bytes"]
+        return Vitals(self._bytes_moved, self._crew.restarts, host, gpu)
+
+    # -- asking -------------------------------------------------------------------------------------------
+
+    def _ask(self, method: str, *args: Any, parts: Sequence[int] | None = None) -> list[Any]:
+        """A method of every shard (or of ``parts``); the replies in shard order."""
+        wanted = list(range(self.tag.num_parts)) if parts is None else list(parts)
+        failures, replies = Failures(), dict[int, Any]()
+        while missing := [part for part in wanted if part not in replies]:
+            self._bring_up(failures)
+            replies |= self._crew.each(missing, lambda p: self._actor(p).call.remote(p, method, *args), failures)
+        self._bytes_moved += sum(map(_size, replies.values()))
+        return [replies[part] for part in wanted]
+
+    def _bring_up(self, failures: Failures, progress: Progress | None = None) -> None:
+        """Bring every shard from where it is to the current encoding, the hindmost first: a phase of one shard
+        needs its peers' results of the phases before."""
+        while (level := min(self._level.values())) < len(phases := self._phases()):
+            name, start = phases[level]
+            behind = [part for part, reached in self._level.items() if reached == level]
+            with self.meter.time(name):
+                replies = self._crew.each(behind, start, failures, progress if name == "encode" else None)
+            for part in replies:
+                self._level[part] += 1
+            if name == "exchange":
+                self._bytes_moved += sum(replies.values())
+
+    def _phases(self) -> list[tuple[str, Start]]:
+        """What makes an empty actor's shard ready, with the actors as they are now."""
+        threads = self._crew.allotment.threads
+        return [
+            ("load", lambda part: self._actor(part).load.remote(self._specs[part], self._encoder, threads)),
+            ("encode", lambda part: self._actor(part).encode.remote(part, self._adapters)),
+            ("exchange", self._exchange("H", 1)),
+            ("propagate", lambda part: self._actor(part).call.remote(part, "propagate")),
+            ("exchange", self._exchange("Z", self._halo_depth)),
+            ("propagate", lambda part: self._actor(part).call.remote(part, "measure_norms")),
+        ]
+
+    def _student_scores(
+        self, state: Any, stages: int, splits: Sequence[str], failures: Failures
+    ) -> list[np.ndarray] | None:
+        """One pass of the student over all shards; None if one was lost, because its layers cannot be caught up."""
+
+        def every(start: Start) -> dict[int, Any] | None:
+            replies = self._crew.each(list(self._level), start, failures)
+            return replies if len(replies) == len(self._level) else None
+
+        def call(method: str, *args: Any) -> dict[int, Any] | None:
+            return every(lambda part: self._actor(part).call.remote(part, method, *args))
+
+        if call("student_begin", state) is None:
+            return None
+        for stage in range(stages):
+            if stage:
+                with self.meter.time("exchange"):
+                    moved = every(self._exchange("X", 1))
+                if moved is None:
+                    return None
+                self._bytes_moved += sum(moved.values())
+            if call("student_stage", stage) is None:
+                return None
+        counts = [call("student_scores", split) for split in splits]
+        return [add([c[part] for part in sorted(c)]) for c in counts if c] if all(counts) else None
+
+    def _exchange(self, name: str, depth: int) -> Start:
+        peers = {part: self._actor(part) for part in self._level}
+        return lambda part: peers[part].exchange.remote(part, name, depth, peers)
+
+    # -- small things -------------------------------------------------------------------------------------
+
+    def _explain(self, part: int, event: Event, error: Exception, times: int) -> Exception:
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+        if event is Event.OWN_ERROR:
+            return cause if isinstance(cause, Exception) else error
+        index, shape = self._crew.home[part], self.tag.meta["parts"][part]
+        held = self._crew.allotment.parts[index]
+        who = f"shard {part} of {self.tag.path} ({shape['nodes']:,} nodes, {shape['halo']:,} halo rows)"
+        with_others = f", in an actor with shards {list(held)}" if len(held) > 1 else ""
+        peak = self._crew.vitals.get(index, {}).get("host_bytes")
+        known = f"estimate: {gib(self._crew.allotment.memory)}" + (f", last seen with {gib(peak)}" if peak else "")
+        if event is Event.OUT_OF_MEMORY:
+            reason = f"ran out of memory: {known}; {str(cause or error).splitlines()[0]}"
+            remedy = "prepare the graph in more --parts, use fewer actors a node, or lower --kernel.chunk_mib"
+        elif event is Event.UNPLACEABLE:
+            reason, remedy = str(error).splitlines()[0], "add nodes, or lower what cluster.* asks for"
+        else:
+            reason = f"was lost {times} times in one call ({known}); the last time: {_exit(error)}"
+            remedy = "if memory is short on its node, prepare the graph in more --parts; see the actor's log"
+        return ShardError(f"{who}{with_others} {reason}. To go on, {remedy}")
+
+    def _actor(self, part: int) -> Any:
+        return self._crew.of(part)
+
+    def _broadcast(self, value: Any) -> Any:
+        """Once into the object store, whoever reads it."""
+        self._bytes_moved += _size(value) * len(self._crew.actors)
+        return ray.put(value)
+
+
+def _size(value: Any) -> int:
+    """Bytes of the arrays in what crosses the driver."""
+    if isinstance(value, np.ndarray):
+        return int(value.nbytes)
+    if dataclasses.is_dataclass(value):
+        return sum(_size(getattr(value, field.name)) for field in dataclasses.fields(value))
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
+
+
+def _everywhere(path: str) -> str:
+    """A local path as other processes find it; names and URIs as they are."""
+    return os.path.abspath(os.path.expanduser(path)) if "://" not in path and os.path.exists(path) else path
+
+
+def _exit(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "exit detail" in line or "dead because" in line]
+    return (lines or str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,34 @@
+"""Which device an encoder takes, and whether it multiplies bfloat16 there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from talk_dist.errors import ConfigError
+
+
+def pick_device(name: str) -> str:
+    """The torch device that the setting ``name`` means here. Raises ConfigError for a GPU that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"encoder.device = {name!r}, but torch sees no GPU here; use auto or cpu")
+    return name
+
+
+def bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether encoder passes run under bfloat16 autocast on ``device``."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    info = Path("/proc/cpuinfo")
+    return (
+        next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
+    )
