@@ -77,8 +77,8 @@ class RayPool:
         self._bring_up(Failures(), progress)
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
-        with self.meter.time("kernel"):
-            return add_grads(self._ask("loss_and_grads", self._broadcast(h_s), self._broadcast(dual), loss))
+        arguments = self._broadcast(h_s), self._broadcast(dual), loss
+        return add_grads(self._ask("loss_and_grads", *arguments, phase="kernel"))
 
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
         return add(self._ask("krr_scores", self._broadcast(h_s), self._broadcast(dual), split))
@@ -112,13 +112,14 @@ class RayPool:
 
     # -- asking -------------------------------------------------------------------------------------------
 
-    def _ask(self, method: str, *args: Any, parts: Sequence[int] | None = None) -> list[Any]:
+    def _ask(self, method: str, *args: Any, parts: Sequence[int] | None = None, phase: str = "ask") -> list[Any]:
         """A method of every shard (or of ``parts``); the replies in shard order."""
         wanted = list(range(self.tag.num_parts)) if parts is None else list(parts)
         failures, replies = Failures(), dict[int, Any]()
         while missing := [part for part in wanted if part not in replies]:
             self._bring_up(failures)
-            replies |= self._crew.each(missing, lambda p: self._actor(p).call.remote(p, method, *args), failures)
+            with self.meter.time(phase):
+                replies |= self._crew.each(missing, lambda p: self._actor(p).call.remote(p, method, *args), failures)
         self._bytes_moved += sum(map(_size, replies.values()))
         return [replies[part] for part in wanted]
 

@@ -35,8 +35,8 @@ class ClusterConfig:
     """Actors that hold shards (0: one a partition)."""
     cpus: float = 0.0
     """Cores reserved for an actor (0: its threads)."""
-    gpus: float = 0.0
-    """GPUs reserved for an actor; a fraction shares one."""
+    gpus: float = -1.0
+    """GPUs reserved for an actor; a fraction shares one (-1: one, if the cluster has any)."""
     memory_gib: float = 0.0
     """Memory reserved for an actor (0: what `estimate` says)."""
     wait_seconds: float = 300.0
@@ -49,7 +49,7 @@ class ClusterConfig:
             "cluster",
             actors=(self.actors >= 0, self.actors, "not negative"),
             cpus=(self.cpus >= 0, self.cpus, "not negative"),
-            gpus=(self.gpus >= 0, self.gpus, "not negative"),
+            gpus=(self.gpus >= 0 or self.gpus == -1, self.gpus, "not negative, or -1"),
             memory_gib=(self.memory_gib >= 0, self.memory_gib, "not negative"),
             wait_seconds=(self.wait_seconds > 0, self.wait_seconds, "positive"),
             attempts=(self.attempts >= 1, self.attempts, "at least 1"),

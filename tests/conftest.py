@@ -155,6 +155,12 @@ def graph():
 
 
 @pytest.fixture(scope="session")
+def graph_of_size():
+    """graph_of_size(num_nodes, num_edges, seed) -> a ToyGraph."""
+    return make_graph
+
+
+@pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """A tiny random BERT checkpoint."""
     return save_encoder(tmp_path_factory.mktemp("encoder"))

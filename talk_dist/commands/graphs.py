@@ -14,7 +14,6 @@ from talk_dist.data import storage, tables
 from talk_dist.data.prepare import prepare
 from talk_dist.data.python_api import build_python_api
 from talk_dist.data.tag import PreparedTag
-from talk_dist.data.tokenizer import load_pretrained
 from talk_dist.errors import ConfigError, DataError
 from talk_dist.evaluate import EvaluateConfig
 from talk_dist.models.device import bfloat16, pick_device
@@ -22,7 +21,6 @@ from talk_dist.models.encoder import load_encoder
 from talk_dist.runtime import estimate
 from talk_dist.runtime.callbacks import ProgressLines
 from talk_dist.synthetic.artifact import SyntheticTAG
-from talk_dist.synthetic.init import num_synthetic
 
 
 @dataclass(frozen=True)
@@ -102,16 +100,12 @@ class Estimate:
     """Count the evaluation too."""
 
     def run(self, call: Call, config: DistillConfig) -> None:
-        from transformers import AutoConfig
-
         if not self.data:
             raise ConfigError("give the folder of a prepared graph; `talk-dist prepare` makes one")
         tag, problems = PreparedTag(self.data), preflight.Problems()
         preflight.check_tag(tag, config, (), problems)
         problems.done()
-        shape = estimate.ModelShape.of(load_pretrained(AutoConfig.from_pretrained, config.encoder.name))
-        size = num_synthetic(config.synthetic.size, tag.num_nodes)
-        plan = estimate.plan(tag.meta, config, shape, size, EvaluateConfig() if self.evaluate else None)
+        plan = preflight.planned(tag, config, EvaluateConfig() if self.evaluate else None)
         device = torch.device(pick_device(config.encoder.device))
         rate = estimate.measured_rate(device, bfloat16(config.encoder.precision, device))
         print(report.plan(self.data, plan, estimate.available_memory(), rate))

@@ -13,9 +13,10 @@ from typing import TypeVar
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
+from talk_dist.data.tokenizer import load_pretrained
 from talk_dist.errors import CapacityError, ConfigError, DataError, TalkDistError
 from talk_dist.evaluate import EvaluateConfig
-from talk_dist.models.encoder import TextEncoder, load_encoder
+from talk_dist.models.protocol import Encoder
 from talk_dist.runtime import estimate
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
 from talk_dist.synthetic.coresets import allocate
@@ -108,7 +109,7 @@ def check_tag(tag: PreparedTag, config: DistillConfig, splits: Sequence[str], pr
             )
 
 
-def check_encoder(encoder: TextEncoder, tokens: int, tag: PreparedTag | None, problems: Problems) -> None:
+def check_encoder(encoder: Encoder, tokens: int, tag: PreparedTag | None, problems: Problems) -> None:
     """Synthetic nodes must fit the encoder's positions, and its tokenizer must have made the graph's tokens."""
     positions = min(encoder.max_positions, encoder.tokenizer.max_length)
     if tokens > positions:
@@ -120,13 +121,20 @@ def check_encoder(encoder: TextEncoder, tokens: int, tag: PreparedTag | None, pr
         problems.attempt(lambda: tag.check_tokenizer(encoder.config.name, encoder.tokenizer.fingerprint))
 
 
-def check_memory(
-    tag: PreparedTag, config: DistillConfig, encoder: TextEncoder, evaluation: EvaluateConfig | None
-) -> None:
-    """Raises CapacityError if this machine's free memory is not enough, with what to change."""
+def planned(tag: PreparedTag, config: DistillConfig, evaluation: EvaluateConfig | None) -> estimate.Plan:
+    """What the run will hold and compute."""
+    from transformers import AutoConfig
+
+    shape = estimate.ModelShape.of(load_pretrained(AutoConfig.from_pretrained, config.encoder.name))
     size = num_synthetic(config.synthetic.size, tag.num_nodes)
-    shape = estimate.ModelShape.of(encoder.model.config)
-    refuse_if_too_large(estimate.plan(tag.meta, config, shape, size, evaluation))
+    return estimate.plan(tag.meta, config, shape, size, evaluation)
+
+
+def check_memory(tag: PreparedTag, config: DistillConfig, evaluation: EvaluateConfig | None) -> estimate.Plan:
+    """The plan of a run. Raises CapacityError if this machine's free memory is not enough, with what to change."""
+    plan = planned(tag, config, evaluation)
+    refuse_if_too_large(plan)
+    return plan
 
 
 def refuse_if_too_large(plan: estimate.Plan) -> None:
@@ -140,15 +148,16 @@ def check(
     config: DistillConfig,
     evaluation: EvaluateConfig | None,
     out: str,
-    open_data: Callable[[TextEncoder | None], PreparedTag | None],
-) -> tuple[PreparedTag, TextEncoder]:
+    load: Callable[[], Encoder],
+    open_data: Callable[[Encoder | None], PreparedTag | None],
+) -> tuple[PreparedTag, Encoder, estimate.Plan]:
     """The graph and the encoder of a run that can work. Raises one error that lists every problem.
 
     ``open_data`` may need the encoder (to prepare the embedded graph), and gives None without it then.
     """
     problems = Problems()
     problems.attempt(lambda: check_out(out))
-    encoder = problems.attempt(lambda: load_encoder(config.encoder))
+    encoder = problems.attempt(load)
     tag = problems.attempt(lambda: open_data(encoder))
     if tag is not None:
         check_tag(tag, config, ("val",) if evaluation is None else ("val", "test"), problems)
@@ -157,13 +166,18 @@ def check(
     problems.done()
     assert tag is not None
     assert encoder is not None
-    check_memory(tag, config, encoder, evaluation)
-    return tag, encoder
+    return tag, encoder, check_memory(tag, config, evaluation)
 
 
 def check_evaluation(
-    artifact: SyntheticTAG, path: str, tag: PreparedTag, config: DistillConfig, evaluation: EvaluateConfig, force: bool
-) -> TextEncoder:
+    artifact: SyntheticTAG,
+    path: str,
+    tag: PreparedTag,
+    config: DistillConfig,
+    evaluation: EvaluateConfig,
+    force: bool,
+    load: Callable[[], Encoder],
+) -> tuple[Encoder, estimate.Plan]:
     """The encoder, if ``artifact`` can be evaluated on ``tag``. Raises one error that lists every problem.
 
     ``force`` lets another graph pass if its classes are the same.
@@ -177,7 +191,7 @@ def check_evaluation(
         different = f"was made from {name!r} with hash {made[:16]}, but {tag.path} has hash {here[:16]}"
         problems.errors.append(DataError(path, f"{different}; give that graph, or --force true to use this one"))
     check_tag(tag, config, ("val", "test"), problems)
-    encoder = problems.attempt(lambda: load_encoder(config.encoder))
+    encoder = problems.attempt(load)
     if encoder is not None:
         check_encoder(encoder, artifact.token_embeds.shape[1], tag, problems)
         width = encoder.token_table.shape[1]
@@ -186,8 +200,7 @@ def check_evaluation(
             problems.errors.append(DataError(path, wide))
     problems.done()
     assert encoder is not None
-    check_memory(tag, config, encoder, evaluation)
-    return encoder
+    return encoder, check_memory(tag, config, evaluation)
 
 
 def distilled_with(artifact: SyntheticTAG, path: str) -> DistillConfig:

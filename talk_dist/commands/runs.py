@@ -12,6 +12,7 @@ import torch
 
 from talk_dist.commands import preflight, report
 from talk_dist.commands.call import EMBEDDED, Call, api_name, given
+from talk_dist.commands.place import Place, place
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage, tables
 from talk_dist.data.prepare import prepare
@@ -20,10 +21,11 @@ from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import distill
 from talk_dist.errors import ConfigError, TalkDistError
 from talk_dist.evaluate import EvaluateConfig, as_metrics, evaluate, table
-from talk_dist.models.encoder import TextEncoder
+from talk_dist.models.protocol import Encoder
+from talk_dist.resources import ClusterConfig, DeepSpeedConfig
 from talk_dist.runtime.callbacks import Callback, JsonLines, ProgressLines
 from talk_dist.runtime.checkpoint import Checkpoint
-from talk_dist.runtime.pool import LocalPool
+from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.decode import readings
 from talk_dist.synthetic.plot import plot
@@ -47,18 +49,19 @@ class Distill:
     """Afterwards train fresh students on the result and on its rivals, as `evaluation` says, and compare."""
 
     def run(self, call: Call, config: DistillConfig, evaluation: EvaluateConfig) -> None:
-        with preflight.alone(self.out):
-            self._run(call, config, evaluation)
+        with preflight.alone(self.out), place(config) as where:
+            self._run(call, where, config, evaluation)
 
-    def _run(self, call: Call, config: DistillConfig, evaluation: EvaluateConfig) -> None:
+    def _run(self, call: Call, where: Place, config: DistillConfig, evaluation: EvaluateConfig) -> None:
         out, lines = Path(self.out).expanduser(), ProgressLines()
-        tag, encoder = preflight.check(
+        tag, encoder, plan = preflight.check(
             config,
             evaluation if self.evaluate else None,
             self.out,
+            where.encoder,
             lambda encoder: self._open(out, encoder, config, lines),
         )
-        pool = LocalPool(tag, encoder, config.kernel, config.runtime)
+        pool = where.pool(tag, encoder, plan.process)
         path = str(out / "checkpoint.safetensors")
         checkpoint = Checkpoint(path, identity(tag, encoder, config), self.resume == "auto")
         saved = checkpoint.load()
@@ -68,7 +71,7 @@ class Distill:
         if saved:
             print(f"going on with what {path} holds: {_epochs(saved.epoch)}")
         call.lap("prepare")
-        synthetic = distill(pool, encoder, config, [call.stop, lines, log], checkpoint)
+        synthetic = distill(pool, encoder, config, [call.stop, lines, log, *where.callbacks], checkpoint)
         about = {"command": call.command, "readings": readings(synthetic, encoder)}
         synthetic = replace(synthetic, config=synthetic.config | about)
         for name in (EVALUATION, PICTURE):  # of an artifact that is about to be replaced
@@ -96,9 +99,7 @@ class Distill:
         done = f"{checkpoint.path} holds {_epochs(saved.epoch)}" if saved else "Nothing is saved yet"
         return f"{done}; go on with:\n  {shlex.join(again)}"
 
-    def _open(
-        self, out: Path, encoder: TextEncoder | None, config: DistillConfig, lines: Callback
-    ) -> PreparedTag | None:
+    def _open(self, out: Path, encoder: Encoder | None, config: DistillConfig, lines: Callback) -> PreparedTag | None:
         if self.data != EMBEDDED:
             return PreparedTag(self.data)
         if encoder is None:
@@ -134,6 +135,10 @@ class Evaluate:
     """Evaluate on a graph that is not the one the artifact was made from."""
     adapters: Literal["as-distilled", "true", "false"] = "as-distilled"
     """Whether the students' encoders train LoRA adapters too. The table goes into the artifact either way."""
+    runtime: Literal["local", "ray"] = "local"
+    """`ray`: the shards in actors on a cluster."""
+    address: str = ""
+    """With ray: as `cluster.address` of distill."""
 
     def run(self, call: Call, evaluation: EvaluateConfig) -> None:
         path = preflight.artifact_path(given(self.artifact, "an artifact"))
@@ -142,15 +147,24 @@ class Evaluate:
             raise ConfigError("--data: give the folder of the prepared graph that the artifact was made from")
         synthetic, tag = SyntheticTAG.from_pretrained(path), PreparedTag(self.data or beside)
         config = preflight.distilled_with(synthetic, path)
+        config = replace(
+            config,
+            runtime=replace(config.runtime, kind=self.runtime),
+            cluster=ClusterConfig(address=self.address),
+            deepspeed=DeepSpeedConfig(),
+        )
         if self.adapters != "as-distilled":
             config = replace(config, encoder=replace(config.encoder, adapters=self.adapters == "true"))
-        encoder = preflight.check_evaluation(synthetic, path, tag, config, evaluation, self.force)
-        pool = LocalPool(tag, encoder, config.kernel, config.runtime)
-        call.lap("prepare")
-        _evaluate(call, pool, encoder, synthetic, config, evaluation, path, None)
+        with place(config) as where:
+            encoder, plan = preflight.check_evaluation(
+                synthetic, path, tag, config, evaluation, self.force, where.encoder
+            )
+            pool = where.pool(tag, encoder, plan.process)
+            call.lap("prepare")
+            _evaluate(call, pool, encoder, synthetic, config, evaluation, path, None)
 
 
-def identity(tag: PreparedTag, encoder: TextEncoder, config: DistillConfig) -> dict[str, Any]:
+def identity(tag: PreparedTag, encoder: Encoder, config: DistillConfig) -> dict[str, Any]:
     """All that decides the bits of a run: it can only be resumed where all this is the same."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("runtime", "cluster")}
     here = {"data hash": tag.meta["hash"], "threads": torch.get_num_threads(), "weights": encoder.fingerprint}
@@ -159,8 +173,8 @@ def identity(tag: PreparedTag, encoder: TextEncoder, config: DistillConfig) -> d
 
 def _evaluate(
     call: Call,
-    pool: LocalPool,
-    encoder: TextEncoder,
+    pool: ShardPool,
+    encoder: Encoder,
     synthetic: SyntheticTAG,
     config: DistillConfig,
     evaluation: EvaluateConfig,

@@ -7,6 +7,7 @@ shard); working memory and seconds are models, checked against runs to within a 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,6 +99,11 @@ class Plan:
     def peak(self) -> int:
         resident = sum(sum(shard.values()) for shard in self.shards) + sum(self.held.values())
         return int(BASE_BYTES + SAFETY * (resident + max(self.working.values())))
+
+    def process(self, parts: Sequence[int]) -> int:
+        """Bytes of a process that holds these parts and an encoder, without the driver's."""
+        resident = sum(sum(self.shards[part].values()) for part in parts) + self.held["encoder"]
+        return int(BASE_BYTES + SAFETY * (resident + max(self.working["encode"], self.working["kernel"])))
 
     def seconds(self, rate: float) -> dict[str, float]:
         """By phase, for a machine whose matrix product runs at ``rate`` FLOP/s."""

@@ -1,0 +1,60 @@
+"""Where a command's run lives: this process, or a Ray cluster. The only door from here to `cluster`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from talk_dist.config import DistillConfig
+from talk_dist.data.tag import PreparedTag
+from talk_dist.errors import ConfigError
+from talk_dist.models.encoder import load_encoder
+from talk_dist.models.protocol import Encoder
+from talk_dist.runtime.callbacks import Callback
+from talk_dist.runtime.pool import LocalPool, ShardPool
+
+
+class Place(Protocol):
+    """Makes what a run needs, where it is needed."""
+
+    @property
+    def callbacks(self) -> Sequence[Callback]:
+        """Who else wants to hear of the run."""
+
+    def encoder(self) -> Encoder: ...
+    def pool(self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int]) -> ShardPool:
+        """``memory``: bytes that a process with these parts needs."""
+
+
+class Here:
+    """This process."""
+
+    callbacks: Sequence[Callback] = ()
+
+    def __init__(self, config: DistillConfig):
+        self.config = config
+
+    def encoder(self) -> Encoder:
+        return load_encoder(self.config.encoder)
+
+    def pool(self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int]) -> ShardPool:
+        return LocalPool(tag, encoder, self.config.kernel, self.config.runtime)
+
+
+@contextmanager
+def place(config: DistillConfig) -> Iterator[Place]:
+    """As `runtime.kind` says. Raises ConfigError if Ray is wanted and not installed, or no cluster is there."""
+    if config.runtime.kind == "local":
+        if config.deepspeed.workers:
+            raise ConfigError("deepspeed.workers: the workers live on a cluster; add --runtime ray")
+        yield Here(config)
+        return
+    try:
+        from cluster.session import open_session
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ConfigError("runtime.kind = 'ray': Ray is not installed; pip install \"talk-dist[ray]\"") from error
+    with open_session(config) as session:
+        yield session

@@ -1,0 +1,49 @@
+"""PREPARED ENCODER OUT: distil on three simulated nodes, one of which is removed after the first epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+
+import ray
+from ray.cluster_utils import Cluster
+from test_pool import SMALL
+
+from cluster.session import open_session
+from talk_dist.config import EncoderConfig
+from talk_dist.data.tag import PreparedTag
+from talk_dist.distill import distill
+from talk_dist.resources import ClusterConfig, RuntimeConfig
+from talk_dist.runtime.callbacks import Callback
+
+prepared, encoder_folder, out = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+workers = [cluster.add_node(num_cpus=2) for _ in range(2)]
+cluster.wait_for_nodes()
+
+
+class RemoveNode(Callback):
+    def epoch(self, record):
+        if record["epoch"] == 0:
+            cluster.remove_node(workers[0])
+
+
+config = dataclasses.replace(
+    SMALL,
+    encoder=EncoderConfig(name=encoder_folder, pooling="mean", precision="float32", device="cpu", adapters=True),
+    runtime=RuntimeConfig(kind="ray", threads=1, cache=False),
+    cluster=ClusterConfig(address=cluster.address, actors=3),
+)
+with open_session(config) as session:
+    alive = sum(node["Alive"] for node in ray.nodes())
+    encoder = session.encoder()
+    pool = session.pool(PreparedTag(prepared), encoder, lambda parts: 100 << 20)
+    synthetic = distill(pool, encoder, config, [RemoveNode()])
+    synthetic.save_pretrained(out)
+    report = {"nodes before": alive, "restarts": pool.vitals().restarts}
+cluster.shutdown()
+print(json.dumps(report))

@@ -1,0 +1,44 @@
+"""Who gets what of a cluster."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cluster.placement import allot, reserve
+from talk_dist.errors import CapacityError
+from talk_dist.resources import ClusterConfig, RuntimeConfig
+
+
+@pytest.mark.parametrize(
+    ("parts", "nodes", "threads", "cluster", "actors", "cpus", "gpus", "used"),
+    [
+        (4, [{"CPU": 2}], 0, {}, 2, 1, 0, 1),  # no more actors than cores
+        (4, [{"CPU": 8}], 0, {}, 4, 2, 0, 2),  # an equal share each
+        (4, [{"CPU": 8}], 3, {}, 2, 3, 0, 3),  # threads are cores
+        (1, [{"CPU": 8}, {"CPU": 8}], 0, {}, 1, 8, 0, 8),  # an actor lives on one node
+        (8, [{"CPU": 16, "GPU": 4}], 0, {}, 4, 4, 1, 4),  # GPUs are taken where there are any
+        (8, [{"CPU": 16, "GPU": 4}], 0, {"gpus": 0.5}, 8, 2, 0.5, 2),
+        (8, [{"CPU": 16, "GPU": 4}], 0, {"gpus": 0}, 8, 2, 0, 2),
+        (3, [{"CPU": 4}], 0, {"actors": 9, "cpus": 0.5}, 3, 0.5, 0, 1),  # never more than parts
+        (6, [{}], 0, {}, 6, 1, 0, 1),  # workers that start when asked
+    ],
+)
+def test_allotment(parts, nodes, threads, cluster, actors, cpus, gpus, used):
+    found = allot(parts, nodes, RuntimeConfig(threads=threads), ClusterConfig(**cluster), lambda mine: 1000 * len(mine))
+    assert (len(found.parts), found.cpus, found.gpus, found.threads) == (actors, cpus, gpus, used)
+    assert sorted(part for mine in found.parts for part in mine) == list(range(parts))
+    assert found.memory == 1000 * -(-parts // actors)
+
+
+def test_memory_can_be_set():
+    found = allot(2, [{"CPU": 2}], RuntimeConfig(), ClusterConfig(memory_gib=1.5), lambda mine: 7)
+    assert found.bundles == [{"CPU": 1.0, "memory": 1.5 * 2**30}] * 2
+
+
+def test_no_room_is_said_in_time(one_ray, capsys):
+    started = time.monotonic()
+    with pytest.raises(CapacityError, match=r"no room for the shards: 2 × \(5 CPU and 3 GPU\) .* 6 GPU \(it has 0 GPU"):
+        reserve([{"CPU": 5.0, "GPU": 3.0}] * 2, "SPREAD", 1.0, "the shards", "Add nodes")
+    assert time.monotonic() - started < 20
