@@ -20,6 +20,7 @@ from talk_dist.models.device import bfloat16, pick_device
 from talk_dist.models.encoder import load_encoder
 from talk_dist.runtime import estimate
 from talk_dist.runtime.callbacks import ProgressLines
+from talk_dist.runtime.speed import measured_rate
 from talk_dist.synthetic.artifact import SyntheticTAG
 
 
@@ -107,9 +108,9 @@ class Estimate:
         problems.done()
         plan = preflight.planned(tag, config, EvaluateConfig() if self.evaluate else None)
         device = torch.device(pick_device(config.encoder.device))
-        rate = estimate.measured_rate(device, bfloat16(config.encoder.precision, device))
-        print(report.plan(self.data, plan, estimate.available_memory(), rate))
-        preflight.refuse_if_too_large(plan)
+        rate = measured_rate(device, bfloat16(config.encoder.precision, device))
+        print(report.plan(self.data, plan, config, estimate.available_memory(), rate))
+        preflight.refuse_if_too_large(plan, config)
 
 
 @dataclass(frozen=True)

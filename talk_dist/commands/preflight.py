@@ -16,7 +16,9 @@ from talk_dist.data.tag import PreparedTag
 from talk_dist.data.tokenizer import load_pretrained
 from talk_dist.errors import CapacityError, ConfigError, DataError, TalkDistError
 from talk_dist.evaluate import EvaluateConfig
+from talk_dist.models.device import pick_device
 from talk_dist.models.protocol import Encoder
+from talk_dist.models.shape import ModelShape
 from talk_dist.runtime import estimate
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
 from talk_dist.synthetic.coresets import allocate
@@ -125,23 +127,28 @@ def planned(tag: PreparedTag, config: DistillConfig, evaluation: EvaluateConfig 
     """What the run will hold and compute."""
     from transformers import AutoConfig
 
-    shape = estimate.ModelShape.of(load_pretrained(AutoConfig.from_pretrained, config.encoder.name))
+    shape = ModelShape.of(load_pretrained(AutoConfig.from_pretrained, config.encoder.name))
     size = num_synthetic(config.synthetic.size, tag.num_nodes)
-    return estimate.plan(tag.meta, config, shape, size, evaluation)
+    on_gpu = config.cluster.gpus > 0 if config.runtime.kind == "ray" else pick_device(config.encoder.device) != "cpu"
+    return estimate.plan(tag.meta, config, shape, size, evaluation, on_gpu)
 
 
 def check_memory(tag: PreparedTag, config: DistillConfig, evaluation: EvaluateConfig | None) -> estimate.Plan:
     """The plan of a run. Raises CapacityError if this machine's free memory is not enough, with what to change."""
     plan = planned(tag, config, evaluation)
-    refuse_if_too_large(plan)
+    refuse_if_too_large(plan, config)
     return plan
 
 
-def refuse_if_too_large(plan: estimate.Plan) -> None:
-    """Raises CapacityError if ``plan`` needs more than this machine has free."""
+def refuse_if_too_large(plan: estimate.Plan, config: DistillConfig) -> None:
+    """Raises CapacityError if what runs in this process needs more than this machine has free.
+
+    What the actors of a cluster need, the cluster is asked for.
+    """
     available = estimate.available_memory()
-    if available is not None and plan.peak > available:
-        raise CapacityError(plan.refusal(available))
+    here = plan.whole() if config.runtime.kind == "local" else plan.driver(config.deepspeed.workers > 0)
+    if available is not None and here.host > available:
+        raise CapacityError(here.refusal("this" if config.runtime.kind == "local" else "the driver", available))
 
 
 def check(

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from talk_dist.config import DistillConfig
 from talk_dist.evaluate import EvaluateConfig, Row, retention, table
-from talk_dist.runtime.estimate import Plan, gib
+from talk_dist.runtime.estimate import Plan, Process, gib
 from talk_dist.synthetic.artifact import SyntheticTAG
 
 
@@ -74,24 +75,41 @@ def artifact(path: str, tag: SyntheticTAG) -> str:
     return "\n\n".join(blocks)
 
 
-def plan(path: str, found: Plan, available: int | None, rate: float) -> str:
-    """Memory and time of a distillation."""
+def plan(path: str, found: Plan, config: DistillConfig, available: int | None, rate: float) -> str:
+    """Memory and time of a distillation, process by process."""
     arrays = {name: sum(shard[name] for shard in found.shards) for name in found.shards[0]}
-    memory = [[f"  {name}", gib(size)] for name, size in arrays.items()]
-    memory += [[name, gib(size)] for name, size in found.held.items()]
+    memory = [["encoder", gib(found.model)], [f"shards ({len(found.shards)})", gib(sum(arrays.values()))]]
+    memory += [[f"  {name}", gib(size)] for name, size in arrays.items()]
+    memory += [["driver", gib(found.driver_arrays)]]
     memory += [[f"while: {name}", gib(size)] for name, size in found.working.items()]
-    memory += [["peak", gib(found.peak)], ["free now", "unknown" if available is None else gib(available)]]
-    shards = [[f"shards ({len(found.shards)})", gib(sum(arrays.values()))]]
+    processes = [[name, gib(p.host), gib(p.on_device) if p.device else "–"] for name, p in _processes(found, config)]
+    processes.append(["free here now", "unknown" if available is None else gib(available), ""])
     seconds = found.seconds(rate)
     times = [[name, _duration(value)] for name, value in seconds.items()]
     times.append(["together", _duration(sum(seconds.values()))])
+    words = f"time on one machine at {rate / 1e9:.0f} GFLOP/s (measured now; a factor of two is usual)"
     return "\n\n".join(
         [
             f"{path}: {found.nodes} synthetic nodes, an artifact of {found.artifact_bytes:,} bytes",
-            _columns(["memory", ""], shards + memory),
-            _columns([f"time at {rate / 1e9:.0f} GFLOP/s (measured now; a factor of two is usual)", ""], times),
+            _columns(["what is in memory", ""], memory),
+            _columns(["peak of a process", "host", "GPU"], processes),
+            _columns([words, ""], times),
         ]
     )
+
+
+def _processes(found: Plan, config: DistillConfig) -> list[tuple[str, Process]]:
+    if config.runtime.kind == "local":
+        return [("the run", found.whole())]
+    parts = len(found.shards)
+    actors = min(config.cluster.actors or parts, parts)
+    rows = [("driver", found.driver(config.deepspeed.workers > 0))]
+    rows += [(f"actor {index}", found.actor(range(index, parts, actors))) for index in range(actors)]
+    if config.deepspeed.workers:
+        worker = found.worker(config.deepspeed.workers, config.deepspeed.stage)
+        rows += [(f"encoder worker {index}", worker) for index in range(config.deepspeed.workers)]
+    store = Process(found.object_store(actors), {}, 0, {"encode": 0})
+    return [*rows, ("object stores together", store)]
 
 
 def summary(rows: Sequence[Row], tag: SyntheticTAG, config: EvaluateConfig, adapters: bool) -> str:

@@ -61,7 +61,7 @@ class Distill:
             where.encoder,
             lambda encoder: self._open(out, encoder, config, lines),
         )
-        pool = where.pool(tag, encoder, plan.process)
+        pool = where.pool(tag, encoder, lambda parts: plan.actor(parts).host)
         path = str(out / "checkpoint.safetensors")
         checkpoint = Checkpoint(path, identity(tag, encoder, config), self.resume == "auto")
         saved = checkpoint.load()
@@ -159,7 +159,7 @@ class Evaluate:
             encoder, plan = preflight.check_evaluation(
                 synthetic, path, tag, config, evaluation, self.force, where.encoder
             )
-            pool = where.pool(tag, encoder, plan.process)
+            pool = where.pool(tag, encoder, lambda parts: plan.actor(parts).host)
             call.lap("prepare")
             _evaluate(call, pool, encoder, synthetic, config, evaluation, path, None)
 

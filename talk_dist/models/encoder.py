@@ -21,7 +21,7 @@ from talk_dist.config import EncoderConfig, InnerConfig
 from talk_dist.data.tag import TokenLists
 from talk_dist.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer, resolve_checkpoint
 from talk_dist.errors import ConfigError
-from talk_dist.models.device import bfloat16, pick_device
+from talk_dist.models.device import bfloat16, give_back_memory, pick_device
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_adapters, fit_encodings
 from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
@@ -29,6 +29,9 @@ from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
 # What transformers calls query, key and value projections in the usual architectures.
 ATTENTION_NAMES = {"query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "Wqkv", "c_attn"}
 ATTENTION_NAMES |= {"q", "k", "v", "query_proj", "key_proj", "value_proj"}
+
+
+TRIM_EVERY = 4  # batches
 
 
 class TextEncoder:
@@ -129,11 +132,14 @@ class TextEncoder:
         """Encodings (n, d) float32 of n token lists, without gradient; exact duplicates are encoded once."""
         source, batches = token_batches(tokens, self.config.batch_tokens)
         out, done, total = np.zeros((len(tokens), self.width), dtype=np.float32), 0, sum(map(len, batches))
-        for batch in batches:
+        for index, batch in enumerate(batches):
             out[batch] = self.encode_batch(tokens, batch)
+            if index % TRIM_EVERY == 0:
+                give_back_memory()
             done += len(batch)
             if progress is not None:
                 progress(done, total)
+        give_back_memory()
         return out[source]
 
     def encode_batch(self, tokens: TokenLists, rows: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from talk_dist.models.gnn import Student, local_graph
 from talk_dist.models.protocol import Adapters, Encoder
 from talk_dist.runtime.encodings import EncodingCache
 
-LIVE_BUFFERS = 10  # arrays of the size (rows, M) that a kernel block with gradient holds at its peak
+LIVE_BUFFERS = 20  # arrays of the size (rows, M) that a kernel block with gradient holds at its peak
 
 
 @dataclass(frozen=True)

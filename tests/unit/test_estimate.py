@@ -12,8 +12,10 @@ from talk_dist.commands import preflight
 from talk_dist.config import DistillConfig, preset
 from talk_dist.errors import CapacityError
 from talk_dist.evaluate import EvaluateConfig
+from talk_dist.models.shape import ModelShape
 from talk_dist.runtime import estimate
-from talk_dist.runtime.estimate import ModelShape, plan
+from talk_dist.runtime.estimate import plan
+from talk_dist.runtime.speed import measured_rate
 from talk_dist.synthetic.artifact import SyntheticTAG
 
 MINILM = ModelShape(width=384, layers=6, inner=1536, heads=12, vocabulary=30522, positions=512)
@@ -85,9 +87,12 @@ def test_more_work_costs_more(tags):
 def test_memory_grows_with_what_is_held(tags):
     meta, config = tags[2].meta, DistillConfig()
     base = plan(meta, config, MINILM, 5, None)
-    assert plan(meta, config, MINILM, 5000, None).peak > base.peak
-    assert plan(meta, with_values(config, kernel={"precision": "float64"}), MINILM, 5, None).peak >= base.peak
-    assert base.peak > estimate.BASE_BYTES + MINILM.bytes
+    assert plan(meta, config, MINILM, 5000, None).whole().host > base.whole().host
+    assert (
+        plan(meta, with_values(config, kernel={"precision": "float64"}), MINILM, 5, None).whole().host
+        >= base.whole().host
+    )
+    assert base.whole().host > estimate.BASE_BYTES + MINILM.bytes
 
 
 @pytest.mark.parametrize(
@@ -100,11 +105,11 @@ def test_memory_grows_with_what_is_held(tags):
 def test_what_cannot_fit_is_refused_with_a_remedy(tags, config, advice):
     found = plan(tags[1].meta, with_values(DistillConfig(), **config), MINILM, 50_000, None)
     with pytest.raises(CapacityError, match=advice) as error:
-        preflight.refuse_if_too_large(found)
+        preflight.refuse_if_too_large(found, DistillConfig())
     assert "GiB" in str(error.value)
 
 
 def test_what_the_machine_says():
     assert 0 < estimate.available_memory() < 2**60
-    assert estimate.measured_rate(torch.device("cpu"), False, seconds=0.05) > 1e6
+    assert measured_rate(torch.device("cpu"), False, seconds=0.05) > 1e6
     assert [estimate.gib(n) for n in (512, 3 << 20, 5 << 30)] == ["0.5 KiB", "3 MiB", "5.0 GiB"]

@@ -1,0 +1,91 @@
+"""What a distillation computes, in FLOP and training steps, and how fast this machine does that: rough, within two."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import torch
+
+from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
+from talk_dist.models.shape import ModelShape
+
+ENCODER_SHARE = 0.6  # of the matrix product's rate that an encoder pass reaches, all else included
+BFLOAT16_GAIN = 1.3  # on a CPU, of a whole encoder pass
+SMALL_SHARE = 0.4  # the same for students: narrow matrices, sparse products
+ELEMENT_FLOP = 250  # what an element of a kernel block costs a hop and layer beside the product: arc cosine, roots
+STEP_SECONDS = 2e-3  # a training step cannot be shorter
+
+
+class Evaluation(Protocol):
+    """What of an EvaluateConfig matters here (that room is above this one)."""
+
+    @property
+    def against(self) -> tuple[Any, ...]: ...
+    @property
+    def seeds(self) -> int: ...
+    @property
+    def student(self) -> StudentConfig: ...
+    @property
+    def recipe(self) -> InnerConfig: ...
+    @property
+    def full_epochs(self) -> int: ...
+
+
+def work(
+    meta: dict[str, Any], config: DistillConfig, model: ModelShape, m: int, evaluation: Evaluation | None
+) -> tuple[dict[str, float], dict[str, int]]:
+    """FLOP by phase as a matrix product would count them: slower kinds of work count more."""
+    nodes, entries = meta["num_nodes"], 2 * meta["num_edges"] + meta["num_nodes"]
+    train, classes = meta["split_sizes"]["train"], len(meta["classes"])
+    text_tokens, t = meta["text"]["tokens"], config.synthetic.tokens
+    outer, inner, adapters = config.outer, config.inner, config.encoder.adapters
+    encoding = text_tokens * model.token_flop(text_tokens / max(1, nodes)) / ENCODER_SHARE
+    forward = m * t * model.token_flop(t) / ENCODER_SHARE
+    inject = 3 * forward  # once without gradient, once with, and back
+    rows = min(nodes, train * max(1.0, entries / nodes) ** (config.kernel.hops - 1))  # the receptive field
+    elements = rows * m * config.kernel.hops * config.kernel.layers
+    block = 3 * (2.0 * rows * m * model.width + elements * ELEMENT_FLOP)
+    scores = (2.0 * nodes * model.width * config.student.hidden + 2.0 * entries * config.student.hidden) / SMALL_SHARE
+    student = 6.0 * m * config.student.hidden * (model.width + classes) / SMALL_SHARE
+    fit = inner.passes * ((3 * forward if adapters else 0.0) + student)
+    epochs = outer.epochs + 1
+    flop = {"encode": encoding * (1 + epochs if adapters else 1), "initialise": 0.0}
+    steps = {"outer epochs": epochs * inner.passes}
+    if config.synthetic.init == "two-stage":
+        two = config.two_stage
+        checks = two.feature_steps // two.validate_every + 1
+        flop["initialise"] = two.feature_steps * block + checks * (inner.passes * student + scores)
+        flop["initialise"] += two.token_steps * 2 * forward
+        steps["initialise"] = two.feature_steps + checks * inner.passes + two.token_steps
+    flop["outer epochs"] = epochs * (fit + scores + block / 3) + outer.epochs * outer.steps * (inject + block)
+    if evaluation is not None:
+        small = 1 + sum(name != "full" for name in evaluation.against)
+        checks = evaluation.recipe.passes // evaluation.recipe.select_every + 1
+        one = evaluation.recipe.passes * ((3 * forward if adapters else 0.0) + student) + checks * scores
+        whole = 3 * evaluation.recipe.passes * scores + checks * scores
+        if adapters:
+            one += 2 * encoding - checks * scores
+            whole = evaluation.full_epochs * (3 * train / nodes + 1) * encoding + 2 * encoding
+        full = "full" in evaluation.against
+        flop["evaluate"] = evaluation.seeds * (small * one + full * whole)
+        steps["evaluate"] = evaluation.seeds * evaluation.recipe.passes * (small + full)
+    return flop, steps
+
+
+def measured_rate(device: torch.device, bfloat16: bool, seconds: float = 1.0) -> float:
+    """FLOP/s of a matrix product on ``device``, measured for about so many seconds.
+
+    On a CPU bfloat16 multiplies many times faster, but what stands between the products does not.
+    """
+    gpu = device.type != "cpu"
+    size = 8192 if gpu else 1024
+    a = torch.randn(size, size, dtype=torch.bfloat16 if bfloat16 and gpu else torch.float32, device=device)
+    with torch.inference_mode():
+        float((a @ a)[0, 0])
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            float((a @ a)[0, 0])  # waits for the device
+            count += 1
+        rate = 2.0 * size**3 * count / (time.perf_counter() - started)
+    return rate * BFLOAT16_GAIN if bfloat16 and not gpu else rate
