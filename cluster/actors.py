@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 import torch
 
+from cluster.borrowed import BorrowedEncoder, Lender
 from talk_dist.config import EncoderConfig
 from talk_dist.models.encoder import load_encoder
-from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.pool import peak_gpu_memory, peak_memory
 from talk_dist.runtime.shard import Shard, ShardSpec
 
@@ -23,22 +24,24 @@ class ShardActor:
 
     def __init__(self) -> None:
         self.shards: dict[int, Shard] = {}
-        self._encoder: Encoder | None = None
+        self._encoder: Any = None
         self._progress: dict[int, tuple[int, int]] = {}
 
-    def load(self, spec: ShardSpec, encoder: EncoderConfig, threads: int) -> None:
+    def load(self, spec: ShardSpec, encoder: EncoderConfig | Lender, threads: int) -> None:
         """Build a shard from storage. Not in the constructor, whose errors Ray turns into a death."""
         torch.set_num_threads(threads)
         if self._encoder is None:
-            self._encoder = load_encoder(encoder)
+            self._encoder = BorrowedEncoder(encoder) if isinstance(encoder, Lender) else load_encoder(encoder)
         self.shards[spec.part] = Shard(spec, self._encoder)
 
     def call(self, part: int, method: str, *args: Any) -> Any:
         """Any method of a shard."""
         return getattr(self.shards[part], method)(*args)
 
-    def encode(self, part: int, adapters: dict[str, Any]) -> None:
-        """`Shard.encode`, its progress to be asked for by `progress`."""
+    def encode(self, part: int, adapters: dict[str, Any], workers: Sequence[Any] = ()) -> None:
+        """`Shard.encode`, its progress to be asked for by `progress`; over ``workers`` if the encoder is borrowed."""
+        if isinstance(self._encoder, BorrowedEncoder):
+            self._encoder.workers = workers
         self.shards[part].encode(adapters, lambda done, total: self._progress.update({part: (done, total)}))
         self._progress.pop(part, None)
 

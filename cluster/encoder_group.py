@@ -20,6 +20,7 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
+from cluster.borrowed import Lender, encode_over
 from cluster.encoder_places import Place, check_devices, check_settings, engine_config, environments, reserve
 from cluster.encoder_worker import Description, EncoderWorker
 from cluster.failure import Event, classify
@@ -27,14 +28,12 @@ from talk_dist.config import EncoderConfig, InnerConfig
 from talk_dist.data.tag import TokenLists
 from talk_dist.data.tokenizer import load_tokenizer
 from talk_dist.errors import CapacityError, ConfigError, ShardError, TalkDistError
-from talk_dist.models.encoder import token_batches
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
 from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
 from talk_dist.resources import DeepSpeedConfig
 
 GRACE_SECONDS = 10.0  # after one rank's error: how long the others have to end, or to be found dead
-ROUND = 8  # batches of real texts that a worker encodes between two reports of progress
 
 
 class WorkerDiedError(Exception):
@@ -77,6 +76,25 @@ class EncoderGroup:
         self.fingerprint, self.token_table = told.fingerprint, torch.from_numpy(told.token_table.copy())
         self._adapters = told.adapters
 
+    @property
+    def lender(self) -> Lender:
+        """What the actors that borrow this encoder must know."""
+        return Lender(self.config, self.fingerprint, self.width, self.settings.workers)
+
+    @property
+    def workers(self) -> list[Any]:
+        """The workers as they are now, for those who ask them without this process; none of them is dead."""
+        self._call("place")
+        return self._workers
+
+    def vitals(self) -> dict[str, dict[str, Any]]:
+        """Peak memory of each worker, in bytes."""
+        return {f"encoder-{rank}": told for rank, told in enumerate(self._call("vitals"))}
+
+    def restart(self) -> None:
+        """Start anew at the next call: whoever asked the workers died, perhaps having asked only some of them."""
+        self._stop()
+
     def close(self) -> None:
         """Let go of workers and resources; the group is of no use afterwards."""
         self._stop()
@@ -106,17 +124,11 @@ class EncoderGroup:
 
     def encode_tokens(self, tokens: TokenLists, progress: Progress | None = None) -> np.ndarray:
         """Encodings (n, d) float32 of n token lists, in the batches of a single TextEncoder."""
-        source, batches = token_batches(tokens, self.config.batch_tokens)
-        out, done, total = np.zeros((len(tokens), self.width), dtype=np.float32), 0, sum(map(len, batches))
-        texts, size = ray.put(tokens), ROUND * self.settings.workers
-        for start in range(0, len(batches), size):
-            some = batches[start : start + size]
-            for batch, rows in zip(some, self._joined("encode_batches", texts, some), strict=True):
-                out[batch] = rows
-                done += len(batch)
-            if progress is not None:
-                progress(done, total)
-        return out[source]
+
+        def ask(texts: Any, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return self._joined("encode_batches", texts, batches)
+
+        return encode_over(ask, tokens, self.lender, progress)
 
     def encode_embeds(
         self, x: Tensor, mask: Tensor | None = None, batch: int = 32, dropout_seed: int | None = None

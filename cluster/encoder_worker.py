@@ -25,12 +25,14 @@ from torch.nn.functional import cross_entropy
 from cluster.encoder_places import Place
 from talk_dist.config import EncoderConfig, InnerConfig
 from talk_dist.data.tag import TokenLists
+from talk_dist.data.tokenizer import quiet
 from talk_dist.errors import ConfigError
 from talk_dist.models.device import bfloat16
 from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student, self_loops
 from talk_dist.models.inner import soft_labels
 from talk_dist.models.protocol import Adapters, FitResult
+from talk_dist.runtime.pool import peak_gpu_memory, peak_memory
 
 T = TypeVar("T")
 Fit = tuple[FitResult, dict[str, np.ndarray], Adapters]
@@ -87,6 +89,10 @@ class EncoderWorker:
         gpus = tuple(map(str, context.get_accelerator_ids().get("GPU", [])))
         return Place(context.get_node_id(), ray.util.get_node_ip_address(), port, gpus)
 
+    def vitals(self) -> dict[str, int]:
+        """Its process, and its peak memory in bytes."""
+        return {"pid": os.getpid(), "host_bytes": peak_memory(), "gpu_bytes": peak_gpu_memory()}
+
     def join(self, environment: dict[str, str], threads: int) -> None:
         """Together: become one process group."""
         os.environ.update(environment)
@@ -104,10 +110,7 @@ class EncoderWorker:
     def load(self, config: EncoderConfig, engine: dict[str, Any], adapters: Adapters | None) -> Description | None:
         """Together: load the language model, and split it if the stage in ``engine`` (DeepSpeed's configuration) says
         so. Rank 0 describes the model, unless ``adapters`` to begin with say that the driver knows it already."""
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet()
         cuda = os.environ["DS_ACCELERATOR"] == "cuda"
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
         if cuda:
@@ -118,16 +121,14 @@ class EncoderWorker:
         self.encoder.device, self.encoder.autocast = device, bfloat16(config.precision, device)
         if adapters:
             self.encoder.load_adapters(adapters)
-        told = self._describe() if adapters is None and self.rank == 0 else None
+        e, told = self.encoder, None
+        if adapters is None and self.rank == 0:
+            table = e.token_table.cpu().numpy()
+            told = Description(e.width, e.pooling, e.max_positions, e.fingerprint, table, e.adapters())
         self.engine: Any = None
         if self.encoder.adapted or self.split:
             self._start_engine(engine)
         return told
-
-    def _describe(self) -> Description:
-        e = self.encoder
-        table = e.token_table.cpu().numpy()
-        return Description(e.width, e.pooling, e.max_positions, e.fingerprint, table, e.adapters())
 
     def _start_engine(self, config: dict[str, Any]) -> None:
         """One engine for the worker's life. The student is not in it: it is small, and every fit brings another."""

@@ -16,6 +16,7 @@ import ray
 import torch
 
 from cluster.crew import Crew, Failures, Start
+from cluster.encoder_group import EncoderGroup
 from cluster.failure import Event
 from cluster.placement import Allotment
 from talk_dist.config import EncoderConfig, KernelConfig
@@ -50,10 +51,15 @@ class RayPool:
         runtime: RuntimeConfig,
         cluster: ClusterConfig,
         allotment: Allotment,
+        group: EncoderGroup | None = None,
     ):
+        """``group``: the language model's workers. If they encode the real texts, the actors hold no model."""
         torch.set_num_threads(allotment.threads)  # the driver's bits depend on it too
         self.tag, self.meter = tag, Meter()
-        self._encoder = dataclasses.replace(encoder, name=_everywhere(encoder.name))
+        self._group, self._lends = group, group if group and group.settings.encode_texts else None
+        self._encoder = (
+            self._lends.lender if self._lends else dataclasses.replace(encoder, name=_everywhere(encoder.name))
+        )
         path = _everywhere(tag.path)
         self._specs = [ShardSpec(path, part, kernel, runtime.cache) for part in range(tag.num_parts)]
         self._level = dict.fromkeys(range(tag.num_parts), 0)  # part -> phases of `_bring_up` behind it
@@ -61,7 +67,7 @@ class RayPool:
         self._version: str | None = None
         self._adapters: Any = None
         self._bytes_moved = 0
-        self._crew = Crew(allotment, cluster, lambda parts: self._level.update(dict.fromkeys(parts, 0)), self._explain)
+        self._crew = Crew(allotment, cluster, self._lost, self._explain)
 
     def close(self) -> None:
         """Give the cluster its resources back."""
@@ -72,6 +78,8 @@ class RayPool:
     def encode(self, adapters: Adapters, progress: Progress | None = None) -> None:
         version = EncodingCache.version(adapters)
         if version != self._version:
+            if self._lends:
+                self._lends.load_adapters(adapters)
             self._version, self._adapters = version, self._broadcast(adapters)
             self._level = {part: min(level, 1) for part, level in self._level.items()}
         self._bring_up(Failures(), progress)
@@ -108,6 +116,8 @@ class RayPool:
         for index, peak in self._crew.look().items():
             name = "shard-" + "+".join(map(str, self._crew.allotment.parts[index]))
             host[name], gpu[name] = peak["host_bytes"], peak["gpu_bytes"]
+        for name, peak in self._group.vitals().items() if self._group else ():
+            host[name], gpu[name] = peak["host_bytes"], peak["gpu_bytes"]
         return Vitals(self._bytes_moved, self._crew.restarts, host, gpu)
 
     # -- asking -------------------------------------------------------------------------------------------
@@ -129,6 +139,8 @@ class RayPool:
         while (level := min(self._level.values())) < len(phases := self._phases()):
             name, start = phases[level]
             behind = [part for part, reached in self._level.items() if reached == level]
+            if name == "encode" and self._lends:
+                behind = behind[:1]  # the workers go through their passes together: one shard after another
             with self.meter.time(name):
                 replies = self._crew.each(behind, start, failures, progress if name == "encode" else None)
             for part in replies:
@@ -141,7 +153,7 @@ class RayPool:
         threads = self._crew.allotment.threads
         return [
             ("load", lambda part: self._actor(part).load.remote(self._specs[part], self._encoder, threads)),
-            ("encode", lambda part: self._actor(part).encode.remote(part, self._adapters)),
+            ("encode", lambda part: self._actor(part).encode.remote(part, self._adapters, self._workers())),
             ("exchange", self._exchange("H", 1)),
             ("propagate", lambda part: self._actor(part).call.remote(part, "propagate")),
             ("exchange", self._exchange("Z", self._halo_depth)),
@@ -174,11 +186,19 @@ class RayPool:
         counts = [call("student_scores", split) for split in splits]
         return [add([c[part] for part in sorted(c)]) for c in counts if c] if all(counts) else None
 
+    def _workers(self) -> list[Any]:
+        return self._lends.workers if self._lends else []
+
     def _exchange(self, name: str, depth: int) -> Start:
         peers = {part: self._actor(part) for part in self._level}
         return lambda part: peers[part].exchange.remote(part, name, depth, peers)
 
     # -- small things -------------------------------------------------------------------------------------
+
+    def _lost(self, parts: Sequence[int]) -> None:
+        self._level |= dict.fromkeys(parts, 0)
+        if self._lends:
+            self._lends.restart()
 
     def _explain(self, part: int, event: Event, error: Exception, times: int) -> Exception:
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.encoder_group import EncoderGroup
 from cluster.metrics import Gauges
 from cluster.placement import allot
 from cluster.pool import RayPool
@@ -49,14 +50,13 @@ class RaySession:
 
     def __init__(self, config: DistillConfig, stack: ExitStack):
         self.config, self.stack = config, stack
+        self._group: EncoderGroup | None = None
         self.callbacks: Sequence[Callback] = [Gauges()]
 
     def encoder(self) -> Encoder:
         """The language model of the driver, or the group that has it."""
         if not self.config.deepspeed.workers:
             return load_encoder(self.config.encoder)
-        from cluster.encoder_group import EncoderGroup
-
         group = EncoderGroup(
             self.config.encoder,
             self.config.deepspeed,
@@ -64,6 +64,7 @@ class RaySession:
             wait_seconds=self.config.cluster.wait_seconds,
         )
         self.stack.callback(group.close)
+        self._group = group
         return group
 
     def pool(self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int]) -> RayPool:
@@ -73,9 +74,12 @@ class RaySession:
         """
         check_nodes(tag)
         config = self.config
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        for _ in range(config.deepspeed.workers):  # they have their share already
+            richest = max(nodes, key=lambda node: node.get("CPU", 0))
+            richest["CPU"] = richest.get("CPU", 0) - config.deepspeed.cpus
         allotment = allot(tag.num_parts, nodes, config.runtime, config.cluster, memory)
-        pool = RayPool(tag, config.encoder, config.kernel, config.runtime, config.cluster, allotment)
+        pool = RayPool(tag, config.encoder, config.kernel, config.runtime, config.cluster, allotment, self._group)
         self.stack.callback(pool.close)
         return pool
 

@@ -43,6 +43,14 @@ def resolve_checkpoint(name: str) -> str:
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
+def quiet() -> None:
+    """No bars and no advice to developers from transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_pretrained(load: Callable[..., T], name: str, **settings: Any) -> T:
     """``load(checkpoint, **settings)``, with a ``from_pretrained`` to load from a folder, the hub's cache or the hub.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from talk_dist.config import EncoderConfig, InnerConfig
 from talk_dist.data.tag import TokenLists
-from talk_dist.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer, resolve_checkpoint
+from talk_dist.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer, quiet, resolve_checkpoint
 from talk_dist.errors import ConfigError
 from talk_dist.models.device import bfloat16, give_back_memory, pick_device
 from talk_dist.models.gnn import Student
@@ -240,11 +240,8 @@ class TextEncoder:
 
 
 def load_encoder(config: EncoderConfig) -> TextEncoder:
-    """The encoder, without transformers' bars and advice to developers."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """The encoder, loaded quietly."""
+    quiet()
     load_tokenizer(config.name)  # says at once what is wrong with a name; the model's loader asks the hub for a minute
     return TextEncoder(config)
 

@@ -13,6 +13,7 @@ import talk_dist
 
 ROOT = Path(talk_dist.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+CLUSTER = sorted(ROOT.with_name("cluster").glob("*.py"))
 FLOORS = [
     {"errors"},
     {"schema"},
@@ -79,6 +80,17 @@ def test_the_runtime_knows_nothing_of_synthetic():
 def test_a_file_fits_a_reader(file):
     limit = 150 if file == ROOT / "distill.py" else 300
     assert len(file.read_text().splitlines()) <= limit
+
+
+@pytest.mark.parametrize("file", CLUSTER, ids=lambda file: file.name)
+def test_the_cluster_side_keeps_the_rules(file):
+    """No file for more than a reader, nothing of tuning, and DeepSpeed through one door that opens late."""
+    assert len(file.read_text().splitlines()) <= 300
+    found = {name.partition(".")[0] for name in imported(file)}
+    assert "tuning" not in found
+    assert ("deepspeed" in found) == (file.name == "encoder_worker.py")
+    top = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [node for node in top if "deepspeed" in ast.unparse(node)]
 
 
 def test_no_drawer_for_everything():
