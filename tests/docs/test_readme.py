@@ -12,6 +12,8 @@ import torch
 from torch_geometric.data import Data
 
 import talk_dist
+from cluster import submit
+from cluster.main import completed
 from talk_dist.cli import COMMANDS
 from talk_dist.commands.settings import read
 
@@ -23,13 +25,24 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-SHOWN = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("talk-dist ")]
+LINES = [line for block in blocks("bash") for line in block.splitlines()]
+SHOWN = [line for line in LINES if line.startswith("talk-dist ")]
+JOBS = [line for line in LINES if line.startswith("python -m cluster.submit ")]
 
 
 @pytest.mark.parametrize("command", SHOWN)
 def test_commands_parse(command: str) -> None:
     words = shlex.split(command)
     read(COMMANDS[words[1]], words[2:])
+
+
+@pytest.mark.parametrize(
+    "command", [line for line in "\n".join(blocks("bash")).splitlines() if "cluster.submit" in line]
+)
+def test_jobs_parse(command: str) -> None:
+    options, rest = submit.parse(shlex.split(command)[3:])
+    assert options.address
+    submit.validate(completed(rest))
 
 
 def test_there_are_commands_and_the_marked_ones_exist() -> None:
