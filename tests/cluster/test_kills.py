@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from test_pool import SMALL, answers, local_pool, same
 
@@ -79,8 +80,8 @@ def test_an_actor_that_always_dies_is_given_up_but_not_one_that_dies_now_and_the
         pool.close()
 
 
-def run_script(name, *arguments, seconds=240):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run_script(name, *arguments, seconds=240, **variables):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, Path(__file__).with_name(name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
 
@@ -122,3 +123,18 @@ def test_a_killed_driver_goes_on_to_the_same_result(four, encoder_folder, tmp_pa
     assert re.search(r"going on with what .*checkpoint.safetensors holds: \d finished epoch", done.stdout)
     tensors = [(tmp_path / name / "synthetic" / "synthetic.safetensors").read_bytes() for name in ("local", "ray")]
     assert tensors[0] == tensors[1]
+
+
+def test_an_actor_killed_for_memory_is_named_with_what_was_expected(tags, encoder_folder):
+    memory = psutil.virtual_memory()
+    spare = max(0.06, (3 << 29) / memory.total)  # a process with torch needs half a gigabyte itself
+    threshold = f"{1 - memory.available / memory.total + spare:.3f}"
+    monitor = {"RAY_memory_usage_threshold": threshold, "RAY_memory_monitor_refresh_ms": "50"}
+    done = run_script("run_out_of_memory.py", tags[1].path, encoder_folder, **monitor)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"^shard 0 of .* \(60 nodes, 0 halo rows\) ran out of memory: estimate: 100 MiB, last seen with \d+ MiB; "
+        r".*running low on memory.* To go on, prepare the graph in more --parts",
+        done.stdout,
+        flags=re.MULTILINE,
+    ), done.stdout
