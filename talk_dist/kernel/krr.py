@@ -9,6 +9,7 @@ over everything. M is small: all of it is done in float64 on the driver.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,19 @@ def dual_coefficients(k_ss: Tensor, y_s: Tensor, ridge: float) -> DualSolution:
         f"the kernel of the {len(k_ss)} synthetic nodes is not positive definite with ridge {ridge:g} and jitter "
         f"{JITTERS[-1]:g} (mean diagonal {float(mean_diagonal):.3g}); raise kernel.ridge or lower outer.lr"
     )
+
+
+def ridge_path(k_ss: Tensor, y_s: Tensor, ridges: Sequence[float]) -> Tensor:
+    """Dual coefficients (R, M, C) float64 for a ladder of R ridges, from one eigendecomposition of K_ss.
+
+    Eigenvalues that rounding left below zero count as zero. Raises NotPSDError for a ridge that is zero where one is.
+    """
+    k_ss, y_s = k_ss.double(), y_s.double()
+    values, vectors = torch.linalg.eigh(k_ss)
+    shifted = values.clamp_min(0.0) + torch.tensor(ridges, dtype=torch.float64)[:, None] * k_ss.diagonal().mean()
+    if bool((shifted <= 0).any()):
+        raise NotPSDError(f"K_ss is singular and one of the ridges {list(ridges)} is zero; leave that out")
+    return vectors @ ((vectors.T @ y_s) / shifted[:, :, None])
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class ShardPool(Protocol):
         """Loss and gradient sums over all training rows."""
 
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
-        """Confusion counts (C, C) of the kernel predictor."""
+        """Confusion counts (C, C) of the kernel predictor; (R, C, C) for a stack of R dual coefficients."""
 
     def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
         """Confusion counts (C, C) of a student for each split, from one pass over the graph."""

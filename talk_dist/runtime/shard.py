@@ -200,12 +200,16 @@ class Shard:
         return ShardGrads(total, num_rows, d_dual.numpy(), d_hs.numpy(), log_temperature)
 
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
-        """Confusion counts (C, C) [true, predicted] of the kernel predictor on the own rows of ``split``."""
-        counts = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
+        """Confusion counts (C, C) [true, predicted] of the kernel predictor on the own rows of ``split``.
+
+        A stack of dual coefficients (R, M, C) gives a stack of counts (R, C, C) from one pass over the kernel.
+        """
+        counts = np.zeros((*dual.shape[:-2], self.num_classes, self.num_classes), dtype=np.int64)
         s, b = self._tensor(h_s), self._tensor(dual)
         for chunk in self._plan(split, len(h_s)):
-            predicted = (self._block(chunk, s) @ b).argmax(1).cpu().numpy()
-            np.add.at(counts, (self.part.label[chunk.rows], predicted), 1)
+            predicted = (self._block(chunk, s) @ b).argmax(-1).cpu().numpy()
+            for one in np.ndindex(dual.shape[:-2]):
+                np.add.at(counts[one], (self.part.label[chunk.rows], predicted[one]), 1)
         return counts
 
     def _block(self, chunk: _Chunk, h_s: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score
 
 from talk_dist.errors import NotPSDError
 from talk_dist.kernel import krr
-from talk_dist.kernel.krr import complete_gradient, dual_coefficients, loss_scale, loss_sums
+from talk_dist.kernel.krr import complete_gradient, dual_coefficients, loss_scale, loss_sums, ridge_path
 from talk_dist.kernel.sntk import synthetic_kernel
 from talk_dist.runtime.outer import accuracy, macro_f1
 
@@ -128,3 +128,16 @@ def test_macro_f1_is_that_of_scikit_learn():
     np.add.at(counts, (true, predicted), 1)
     assert macro_f1(counts) == pytest.approx(f1_score(true, predicted, average="macro"))
     assert macro_f1(0 * counts) == accuracy(0 * counts) == 0.0
+
+
+def test_the_ridge_path_is_the_solution_at_every_ridge(problem):
+    h_s, y_s, _, _ = problem
+    k_ss = synthetic_kernel(h_s, 2, 1)
+    ridges = [1e-3, 0.1, 10.0]
+    for ridge, dual in zip(ridges, ridge_path(k_ss, y_s, ridges), strict=True):
+        torch.testing.assert_close(dual, dual_coefficients(k_ss, y_s, ridge).dual, rtol=1e-9, atol=1e-11)
+
+
+def test_a_zero_ridge_on_a_singular_kernel_is_refused():
+    with pytest.raises(NotPSDError, match="zero"):
+        ridge_path(torch.ones(3, 3), torch.eye(3), [0.0, 0.1])

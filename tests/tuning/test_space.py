@@ -1,0 +1,105 @@
+"""The space of a sweep: every point is a configuration, and a YAML that cannot work is refused at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from talk_dist.config import DistillConfig, preset
+from talk_dist.errors import ConfigError
+from tuning.space import Parameter, active, configured, default_space, leaves, point_of, read_space, suggest
+
+
+class Random:
+    """Stands for an Optuna trial: draws from a generator."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+
+    def suggest_float(self, name, low, high, *, log=False):
+        return float(np.exp(self.rng.uniform(np.log(low), np.log(high))) if log else self.rng.uniform(low, high))
+
+    def suggest_int(self, name, low, high, *, log=False):
+        return int(self.rng.integers(low, high + 1))
+
+    def suggest_categorical(self, name, choices):
+        return choices[self.rng.integers(len(choices))]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_every_point_is_a_configuration_that_differs_there_alone(adapters):
+    base = configured(preset("quick"), {"encoder.adapters": adapters})
+    for seed in range(40):
+        point = suggest(default_space(), Random(seed), base)
+        before, after = dict(leaves(base.to_dict())), dict(leaves(configured(base, point).to_dict()))
+        assert {key for key in after if after[key] != before[key]} <= point.keys()
+        assert all(after[key] == value for key, value in point.items())
+        assert ("inner.adapter_lr" in point) == adapters
+        assert ("two_stage.token_lr" in point) == (point["synthetic.init"] == "two-stage")
+
+
+@pytest.mark.parametrize("name", ["default", "quick", "paper"])
+def test_the_presets_lie_in_the_space_or_next_to_it(name):
+    space = default_space()
+    point = point_of(space, preset(name))
+    known = dict(leaves(configured(preset(name), point).to_dict()))
+    for parameter in space:
+        assert (parameter.key in point) == active(parameter, known)
+        if parameter.key in point:
+            assert parameter.holds(point[parameter.key])
+    assert point["kernel.ridge"] == max(preset(name).kernel.ridge, 1e-4)
+
+
+def test_a_yaml_narrows_fixes_extends_and_drops():
+    tree = {
+        "kernel.ridge": {"low": 1e-2},
+        "outer.loss": "ce",
+        "student.hidden": [64, 256],
+        "outer.lr": None,
+        "inner.weight_decay": {"low": 1e-6, "high": 1e-2, "log": True, "when": {"student.hidden": 64}},
+    }
+    space, fixed = read_space(tree, DistillConfig())
+    by_key = {parameter.key: parameter for parameter in space}
+    assert by_key["kernel.ridge"] == Parameter("kernel.ridge", 1e-2, 1.0, log=True)
+    assert fixed == {"outer.loss": "ce"}
+    assert {"outer.loss", "outer.lr"}.isdisjoint(by_key)
+    assert by_key["student.hidden"].choices == (64, 256)
+    assert by_key["inner.weight_decay"].when == {"student.hidden": (64,)}
+    assert [parameter.key for parameter in space].index("student.hidden") < len(
+        space
+    ) - 1  # asked before what it allows
+
+
+@pytest.mark.parametrize(
+    ("tree", "problem"),
+    [
+        ({"kernel.rigde": [1, 2]}, "unknown setting 'kernel.rigde'; the nearest known one is 'kernel.ridge'"),
+        ({"kernel.ridge": {"low": 2.0}}, "kernel.ridge: the range from 2.0 to 1.0 is empty"),
+        ({"kernel.ridge": {"low": 0.0}}, "kernel.ridge: a logarithmic range must be above 0"),
+        ({"outer.loss": []}, "outer.loss: no choices"),
+        ({"outer.lr": {"min": 1}}, "outer.lr.min: unknown; a range has low, high, log and when"),
+        ({"outer.lr": {"low": "a"}}, "must be numbers"),
+        ({"outer.lr": {"when": {"outer.los": "ce"}}}, "the nearest known one is 'outer.lr.when.outer.loss'"),
+        ({"kernel.hops": [0, 1]}, "kernel.hops = 0: at least 1"),
+        ({"student.dropout": {"low": 0.1, "high": 1.5}}, "student.dropout = 1.5: in [0, 1)"),
+    ],
+)
+def test_a_space_that_cannot_work_is_refused(tree, problem):
+    with pytest.raises(ConfigError) as error:
+        read_space(tree, DistillConfig())
+    assert problem in str(error.value)
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        read_space({"outer.loss": [], "kernel.rigde": [1], "outer.lr": {"min": 1}}, DistillConfig())
+    assert all(words in str(error.value) for words in ("no choices", "kernel.rigde", "outer.lr.min"))
+
+
+def test_a_point_can_be_read_back():
+    base = DistillConfig()
+    point = suggest(default_space(), Random(3), base)
+    assert point_of(default_space(), configured(base, point)) == point
+    assert dataclasses.asdict(configured(base, point)) == configured(base, point).to_dict()

@@ -1,0 +1,88 @@
+"""The study: killed anywhere and opened again, it asks what it would have asked."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from optuna.trial import TrialState
+
+from talk_dist.config import preset
+from talk_dist.errors import ConfigError
+from tuning.space import default_space, point_of
+from tuning.study import open_study
+
+BASE, SPACE = preset("quick"), default_space()
+TRIALS, EPOCHS = 20, 3
+
+
+class Killed(Exception):
+    pass
+
+
+def sweep(path, sampler, chance, seed=0):
+    """Run to the end, killed with ``chance`` at every step of every trial; the trials, and the number of kills."""
+    dice, kills = random.Random(seed), 0
+
+    def maybe():
+        if dice.random() < chance:
+            raise Killed
+
+    while True:
+        study = open_study(str(path), "s", {"data hash": "x"}, SPACE, BASE, sampler, seed=3)
+        study.enqueue([point_of(SPACE, BASE)])
+        try:
+            while asked := study.ask(TRIALS):
+                number, point = asked
+                maybe()
+                worth = -((point["inner.passes"] / 100 - 1) ** 2) - 100 * (point["inner.gnn_lr"] - 0.01) ** 2
+                for epoch in range(EPOCHS):
+                    if study.report(number, epoch, worth + 0.1 * epoch):
+                        study.tell(number, None, "pruned")
+                        break
+                    maybe()
+                else:
+                    study.tell(number, worth + 0.1 * EPOCHS, "complete", seconds=1.0)
+                maybe()
+            return study, kills
+        except Killed:
+            kills += 1
+
+
+def outcome(study):
+    return [(t.number, t.state, t.params, t.values) for t in study.trials()]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_kills_change_nothing(tmp_path, sampler):
+    whole, none = sweep(tmp_path / "whole.journal", sampler, 0.0)
+    broken, kills = sweep(tmp_path / "broken.journal", sampler, 0.15)
+    assert none == 0
+    assert kills >= 5
+    assert outcome(broken) == outcome(whole)
+    states = {trial.state for trial in whole.trials()}
+    assert states == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert len(whole.trials()) == TRIALS
+    assert whole.trials()[0].params == point_of(SPACE, BASE)
+
+
+def test_another_sweep_under_the_same_name_is_refused_with_both_hashes(tmp_path):
+    path = str(tmp_path / "s.journal")
+    open_study(path, "s", {"data hash": "aaa"}, SPACE, BASE)
+    with pytest.raises(ConfigError, match=r"data hash: 'aaa' there, 'bbb' now.*choose another --name"):
+        open_study(path, "s", {"data hash": "bbb"}, SPACE, BASE)
+
+
+@pytest.mark.parametrize("storage", ["/proc/nothing/s.journal", "sqlite:////nothing/s.db", "nonsense://s"])
+def test_storage_that_cannot_be_written_is_told(storage):
+    with pytest.raises(ConfigError, match=r"--storage .*: cannot be opened"):
+        open_study(storage, "s", {}, SPACE, BASE)
+
+
+def test_a_failed_trial_keeps_its_reason(tmp_path):
+    study = open_study(f"sqlite:///{tmp_path}/s.db", "s", {}, SPACE, BASE)
+    number, _ = study.ask(1)
+    study.tell(number, None, "failed", reason="ConfigError: no")
+    assert study.ask(1) is None
+    assert study.best is None
+    assert study.trials(TrialState.FAIL)[0].user_attrs["reason"] == "ConfigError: no"

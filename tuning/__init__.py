@@ -1,0 +1,1 @@
+"""Sweeps: Ray Tune and Optuna over the settings of a distillation."""

@@ -1,0 +1,110 @@
+"""One trial: a distillation at a point of the space, worth the validation accuracy of the student it trains.
+
+The test split is never read. Everything a trial leaves lies in its own folder, from which it goes on if it was
+cut off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from talk_dist.commands import preflight
+from talk_dist.commands.place import place
+from talk_dist.commands.runs import identity
+from talk_dist.config import DistillConfig
+from talk_dist.data import storage
+from talk_dist.data.tag import PreparedTag
+from talk_dist.distill import distill
+from talk_dist.kernel.krr import ridge_path
+from talk_dist.kernel.sntk import synthetic_kernel
+from talk_dist.models.protocol import Encoder
+from talk_dist.runtime.callbacks import Callback
+from talk_dist.runtime.checkpoint import Checkpoint
+from talk_dist.runtime.outer import accuracy
+from talk_dist.runtime.pool import ShardPool
+from talk_dist.synthetic.coresets import allocate, class_centres, sample_for
+from talk_dist.synthetic.init import num_synthetic
+from tuning.space import Value, configured
+
+Report = Callable[[dict[str, Any]], None]
+LADDER = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """All that is needed to run a trial anywhere."""
+
+    data: str
+    folder: str
+    base: dict[str, Any]
+    point: Mapping[str, Value]
+    ladder: tuple[float, ...] = LADDER
+
+    @property
+    def config(self) -> DistillConfig:
+        return configured(DistillConfig.from_dict(self.base), self.point)
+
+
+class Reporter(Callback):
+    """Tells of every epoch: the best validation accuracy so far, the kernel predictor's, and the seconds."""
+
+    def __init__(self, report: Report):
+        self.report, self.best = report, -1.0
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        self.best = max(self.best, record["val_accuracy"])
+        self.report({"epoch": record["epoch"], "accuracy": self.best, "krr_accuracy": record["krr_val_accuracy"]})
+
+
+def run_trial(spec: TrialSpec, report: Report) -> dict[str, Any]:
+    """Distil, and say what came of it: accuracy, krr_accuracy, seconds, bytes, ridge. Raises what distill raises."""
+    started, config, tag = time.monotonic(), spec.config, PreparedTag(spec.data)
+    with place(config) as where:
+        encoder = where.encoder()
+        plan = preflight.planned(tag, config, None)
+        pool = where.pool(tag, encoder, lambda parts: plan.actor(parts).host)
+        if spec.ladder and "kernel.ridge" not in spec.point:
+            ridge = choose_ridge(pool, encoder, config, spec.ladder)
+            config = dataclasses.replace(config, kernel=dataclasses.replace(config.kernel, ridge=ridge))
+        path = storage.join(spec.folder, "checkpoint.safetensors")
+        reporter = Reporter(report)
+        checkpoint = Checkpoint(path, identity(tag, encoder, config))
+        saved = checkpoint.load()
+        if saved:  # what was reported before a cut does not come again
+            reporter.best = saved.best_accuracy
+        synthetic = distill(pool, encoder, config, [reporter], checkpoint)
+        synthetic.save_pretrained(storage.join(spec.folder, "synthetic"))
+    history = synthetic.metrics["history"]
+    seconds = synthetic.metrics["seconds"]
+    return {
+        "accuracy": synthetic.metrics["val_accuracy"],
+        "krr_accuracy": max(record["krr_val_accuracy"] for record in history),
+        "epochs": len(history) - 1,
+        "seconds": round(seconds["start"] + seconds["epochs"], 2),
+        "seconds_with_start": round(time.monotonic() - started, 2),
+        "bytes": synthetic.num_bytes(),
+        "ridge": config.kernel.ridge,
+    }
+
+
+def choose_ridge(pool: ShardPool, encoder: Encoder, config: DistillConfig, ladder: Sequence[float]) -> float:
+    """The ridge of the ladder with which the kernel predictor validates best from the class centres: one
+    eigendecomposition and one pass over the validation rows for all of them; the larger of two equals."""
+    encoder.reset_adapters(config.seed)
+    pool.encode(encoder.adapters())
+    counts = allocate(num_synthetic(config.synthetic.size, pool.tag.num_nodes), pool.tag.train_class_counts)
+    h_s = torch.from_numpy(class_centres(sample_for(pool, counts, config.seed), counts, config.seed))
+    labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    y_s = torch.nn.functional.one_hot(labels, len(counts)).double()
+    k_ss = synthetic_kernel(h_s.double(), config.kernel.hops, config.kernel.layers)
+    duals = ridge_path(k_ss, y_s, sorted(ladder))
+    scores = [accuracy(confusion) for confusion in pool.krr_scores(h_s.numpy(), duals.numpy(), "val")]
+    best = max(range(len(scores)), key=lambda index: (scores[index], index))
+    return sorted(ladder)[best]

@@ -1,0 +1,128 @@
+"""Pictures of a sweep, as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
+
+from tuning.findings import Findings
+from tuning.study import Study
+
+COLOURS = {"COMPLETE": "#1f77b4", "PRUNED": "#bbbbbb"}
+
+
+def draw_all(study: Study, found: Findings) -> dict[str, bytes]:
+    """Name -> PNG of every picture that the trials are enough for."""
+    return {name: png for name, draw in PICTURES.items() if (png := _png(draw, study, found))}
+
+
+def _png(draw: Callable[[Any, Study, Findings], bool], study: Study, found: Findings) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    if not draw(figure, study, found):
+        return b""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _history(figure: Any, study: Study, found: Findings) -> bool:
+    """Accuracy by trial, and the best so far."""
+    trials = [t for t in study.trials(TrialState.COMPLETE, TrialState.PRUNED) if t.values]
+    if not trials:
+        return False
+    figure.set_size_inches(8, 4)
+    axes = figure.subplots()
+    for state in ("PRUNED", "COMPLETE"):
+        some = [t for t in trials if t.state.name == state]
+        label = {"COMPLETE": "completed", "PRUNED": "stopped early"}[state]
+        axes.plot([t.number for t in some], [t.values[0] for t in some], "o", color=COLOURS[state], label=label, ms=5)
+    best, path = -1.0, []
+    for trial in trials:
+        best = max(best, trial.values[0] if trial.state is TrialState.COMPLETE else -1.0)
+        path.append((trial.number, best))
+    path = [(number, value) for number, value in path if value >= 0]
+    axes.step(*zip(*path, strict=True), where="post", color="#d62728", label="best so far") if path else None
+    axes.set(xlabel="trial", ylabel="validation accuracy")
+    axes.legend(frameon=False)
+    return True
+
+
+def _importance(figure: Any, study: Study, found: Findings) -> bool:
+    """How much of the variance of the accuracy each setting explains."""
+    if not found.importances:
+        return False
+    names = sorted(found.importances, key=lambda name: found.importances[name])
+    figure.set_size_inches(8, 0.35 * len(names) + 1)
+    axes = figure.subplots()
+    axes.barh(names, [found.importances[name] for name in names], color=COLOURS["COMPLETE"])
+    axes.set(xlabel="share of the variance of validation accuracy (fANOVA, completed trials)")
+    return True
+
+
+def _pareto(figure: Any, study: Study, found: Findings) -> bool:
+    """Accuracy against seconds and bytes; the trials that nothing beats in all three are filled."""
+    done = study.trials(TrialState.COMPLETE)
+    if not done:
+        return False
+    figure.set_size_inches(10, 4)
+    for axes, name, words in zip(
+        figure.subplots(1, 2, sharey=True), ("seconds", "bytes"), ("seconds of distillation", "bytes"), strict=True
+    ):
+        for filled in (False, True):
+            some = [t for t in done if (t.number in found.front) == filled]
+            colour = COLOURS["COMPLETE"]
+            axes.plot(
+                [t.user_attrs[name] for t in some],
+                [t.values[0] for t in some],
+                "o",
+                color=colour,
+                mfc=colour if filled else "none",
+                label="on the front" if filled else "beaten",
+            )
+        axes.set(xlabel=words, ylabel="validation accuracy" if name == "seconds" else "")
+        axes.label_outer()
+    axes.legend(frameon=False)
+    return True
+
+
+def _slices(figure: Any, study: Study, found: Findings) -> bool:
+    """Accuracy against every setting that varied."""
+    trials = [t for t in study.trials(TrialState.COMPLETE, TrialState.PRUNED) if t.values]
+    from matplotlib.ticker import NullFormatter
+
+    names = [n for n in sorted({n for t in trials for n in t.params}) if len({t.params.get(n) for t in trials}) > 1]
+    if not names:
+        return False
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure.set_size_inches(3 * columns, 2.4 * rows)
+    panels = iter(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for name, axes in zip(names, panels, strict=False):
+        some = sorted((t for t in trials if name in t.params), key=lambda t: str(t.params[name]))
+        values = [t.params[name] for t in some]
+        few = any(isinstance(t.distributions[name], CategoricalDistribution) for t in some)
+        colours = [COLOURS[t.state.name] for t in some]
+        axes.scatter([str(v) for v in values] if few else values, [t.values[0] for t in some], c=colours, s=14)
+        axes.set_title(name)
+        if few:
+            axes.margins(x=0.3)
+        elif min(values) > 0 and max(values) / min(values) > 10:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+    for axes in panels:  # those left over
+        axes.axis("off")
+    return True
+
+
+PICTURES: dict[str, Callable[[Any, Study, Findings], bool]] = {
+    "history": _history,
+    "importances": _importance,
+    "front": _pareto,
+    "slices": _slices,
+}

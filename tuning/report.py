@@ -1,0 +1,99 @@
+"""What a sweep found: the best settings, the table of its trials, and pictures that explain them.
+
+`write` leaves best.yaml (for `talk-dist distill --config`), trials.parquet, PNGs and one HTML page that holds them all.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from talk_dist.config import DistillConfig
+from talk_dist.data import storage
+from tuning.findings import Findings, findings
+from tuning.plots import draw_all
+from tuning.study import Study
+
+
+def table(study: Study) -> pa.Table:
+    """One row a trial: number, state, accuracy, what it took, its settings (as text: they differ in kind)."""
+    trials = study.trials()
+    names = sorted({name for trial in trials for name in trial.params})
+    facts = ["krr_accuracy", "epochs", "seconds", "seconds_with_start", "bytes", "ridge", "reason"]
+    columns: dict[str, list[Any]] = {
+        "number": [trial.number for trial in trials],
+        "state": [trial.state.name.lower() for trial in trials],
+        "accuracy": [None if trial.values is None else trial.values[0] for trial in trials],
+    }
+    columns |= {name: [trial.user_attrs.get(name) for trial in trials] for name in facts}
+    settings = {name: [trial.params.get(name) for trial in trials] for name in names}
+    return pa.table(columns | {name: _column(values) for name, values in settings.items()})
+
+
+def _column(values: list[Any]) -> list[Any]:
+    kinds = {type(value) for value in values if value is not None}
+    return values if len(kinds) < 2 else [None if value is None else str(value) for value in values]
+
+
+def write(study: Study, base: DistillConfig, out: str, command: str) -> Findings:
+    """Everything into the folder ``out``."""
+    found = findings(study, base)
+    buffer = io.BytesIO()
+    pq.write_table(table(study), buffer)
+    storage.write_atomic(storage.join(out, "trials.parquet"), buffer.getvalue())
+    if found.config is not None:
+        text = "# " + command + "\n" + yaml.safe_dump(_plain(found.config.to_dict()), sort_keys=False)
+        storage.write_atomic(storage.join(out, "best.yaml"), text.encode())
+    pictures = draw_all(study, found)
+    for name, png in pictures.items():
+        storage.write_atomic(storage.join(out, f"{name}.png"), png)
+    storage.write_atomic(storage.join(out, "report.html"), page(study, found, pictures, command).encode())
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def page(study: Study, found: Findings, pictures: Mapping[str, bytes], command: str) -> str:
+    """One self-contained HTML page."""
+    counts: dict[str, int] = {}
+    for trial in study.trials():
+        counts[trial.state.name.lower()] = counts.get(trial.state.name.lower(), 0) + 1
+    images = "".join(
+        f"<h2>{html.escape(name.capitalize())}</h2><img alt='{name}' src='data:image/png;base64,"
+        f"{base64.b64encode(png).decode()}'>"
+        for name, png in pictures.items()
+    )
+    rows = table(study).to_pylist()
+    rows.sort(key=lambda row: -1.0 if row["accuracy"] is None else -row["accuracy"])
+    shown = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in shown)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in shown) + "</tr>" for row in rows)
+    best = f"{found.best.values[0]:.4f} (trial {found.best.number})" if found.best else "no trial was completed"
+    style = (
+        "body{font:15px sans-serif;margin:2em;max-width:75em}td,th{padding:2px 8px;text-align:left}img{max-width:100%}"
+    )
+    return (
+        f"<!doctype html><meta charset='utf-8'><title>talk-dist tune</title><style>{style}</style>"
+        f"<h1>A sweep of {len(rows)} trials</h1><p><code>{html.escape(command)}</code></p>"
+        f"<p>Best validation accuracy: <b>{best}</b>. "
+        f"{', '.join(f'{count} {state}' for state, count in sorted(counts.items()))}.</p>{images}"
+        f"<h2>Trials</h2><div style='overflow-x:auto'><table><tr>{head}</tr>{body}</table></div>"
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))

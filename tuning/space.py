@@ -1,0 +1,202 @@
+"""What a sweep searches: ranges and choices of the configuration's own fields, some only where others allow them.
+
+The default space is `default_space()`; a YAML file narrows, fixes, extends or drops single parameters of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from talk_dist.config import DistillConfig
+from talk_dist.errors import ConfigError
+from talk_dist.schema import unknown_key
+
+Value = bool | int | float | str
+
+
+class Suggest(Protocol):
+    """What of an Optuna trial is needed here."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One setting: a range (``low``, ``high``) or ``choices``; asked for only where ``when`` holds.
+
+    ``when`` maps other settings to the values that they must have.
+    """
+
+    key: str
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    choices: tuple[Value, ...] = ()
+    when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def suggest(self, trial: Suggest) -> Value:
+        if self.choices:
+            return trial.suggest_categorical(self.key, list(self.choices))
+        if self.whole:
+            return trial.suggest_int(self.key, int(self.low), int(self.high), log=self.log)
+        return trial.suggest_float(self.key, self.low, self.high, log=self.log)
+
+    def holds(self, value: Value) -> bool:
+        """Whether ``value`` lies in the range or among the choices."""
+        if self.choices:
+            return value in self.choices
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+def default_space() -> list[Parameter]:
+    """Worth running as it is, frozen encoder or adapters: what moved validation accuracy on the graphs we have."""
+    two_stage = {"synthetic.init": ("two-stage",)}
+    adapters = {"encoder.adapters": (True,)}
+    steps = {"outer.epochs": tuple(range(1, 1000))}
+    return [
+        Parameter("synthetic.init", choices=("two-stage", "medoid")),
+        Parameter("synthetic.tokens", choices=(8, 16, 32)),
+        Parameter("synthetic.learn_labels", choices=(False, True)),
+        Parameter("kernel.propagation", choices=("mean", "sym")),
+        Parameter("kernel.hops", choices=(1, 2)),
+        Parameter("kernel.ridge", 1e-4, 1.0, log=True),
+        Parameter("outer.loss", choices=("mse", "ce")),
+        Parameter("two_stage.feature_steps", 20, 200, when=two_stage),
+        Parameter("two_stage.feature_lr", 2e-3, 5e-2, log=True, when=two_stage),
+        Parameter("two_stage.token_steps", 100, 400, when=two_stage),
+        Parameter("two_stage.token_lr", 3e-3, 3e-2, log=True, when=two_stage),
+        Parameter("outer.lr", 1e-4, 1e-2, log=True, when=steps),
+        Parameter("outer.steps", 2, 16, when=steps),
+        Parameter("inner.gnn_lr", 1e-3, 3e-2, log=True),
+        Parameter("inner.passes", 50, 300),
+        Parameter("inner.adapter_lr", 1e-5, 1e-3, log=True, when=adapters),
+    ]
+
+
+def suggest(space: list[Parameter], trial: Suggest, base: DistillConfig) -> dict[str, Value]:
+    """A point of the space, asked of ``trial`` in order; parameters whose condition fails are left out."""
+    known = dict(leaves(base.to_dict()))
+    point: dict[str, Value] = {}
+    for parameter in space:
+        if active(parameter, known):
+            point[parameter.key] = known[parameter.key] = parameter.suggest(trial)
+    return point
+
+
+def active(parameter: Parameter, known: Mapping[str, Any]) -> bool:
+    return all(known[key] in allowed for key, allowed in parameter.when.items())
+
+
+def configured(base: DistillConfig, point: Mapping[str, Value]) -> DistillConfig:
+    """``base`` with the settings of a point. Raises ConfigError for a value that the configuration refuses."""
+    tree = base.to_dict()
+    for key, value in point.items():
+        *path, name = key.split(".")
+        section = tree
+        for step in path:
+            section = section[step]
+        section[name] = value
+    return DistillConfig.from_dict(tree)
+
+
+def point_of(space: list[Parameter], config: DistillConfig) -> dict[str, Value]:
+    """Where ``config`` lies in the space, for a start-up trial: values outside are moved to the nearest inside."""
+    known = dict(leaves(config.to_dict()))
+    point: dict[str, Value] = {}
+    for parameter in space:
+        if active(parameter, known):
+            value = known[parameter.key]
+            if not parameter.holds(value):
+                value = parameter.choices[0] if parameter.choices else min(max(value, parameter.low), parameter.high)
+            point[parameter.key] = known[parameter.key] = value
+    return point
+
+
+def read_space(tree: Mapping[str, Any], base: DistillConfig) -> tuple[list[Parameter], dict[str, Value]]:
+    """The default space changed by ``tree``, and the settings that ``tree`` fixes.
+
+    A value of ``tree`` is a list of choices, a mapping with low, high and, if wanted, log and when, a single value
+    (fixed), or null (as the preset has it). Raises one ConfigError that lists every problem.
+    """
+    known = dict(leaves(base.to_dict()))
+    space = {parameter.key: parameter for parameter in default_space()}
+    fixed: dict[str, Value] = {}
+    problems: list[str] = []
+    for key, value in tree.items():
+        if key not in known:
+            problems.append(str(unknown_key(key, list(known))))
+            continue
+        default = space.pop(key, None)
+        try:
+            if isinstance(value, Mapping | list):
+                space[key] = _parameter(key, value, default, known)
+            elif value is not None:
+                fixed[key] = value
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("space: " + "; ".join(problems))
+    order = [parameter.key for parameter in default_space()]
+    parameters = sorted(space.values(), key=lambda p: order.index(p.key) if p.key in order else len(order))
+    return _checked(parameters, configured(base, fixed)), fixed
+
+
+def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[str, Any]) -> Parameter:
+    when = dict(default.when) if default else {}
+    if isinstance(value, list):
+        if not value:
+            raise ConfigError(f"{key}: no choices")
+        return Parameter(key, choices=tuple(value), when=when)
+    odd = set(value) - {"low", "high", "log", "when", "choices"}
+    if odd:
+        raise ConfigError(f"{key}.{sorted(odd)[0]}: unknown; a range has low, high, log and when")
+    for other, allowed in (value.get("when") or {}).items():
+        if other not in known:
+            raise unknown_key(f"{key}.when.{other}", [f"{key}.when.{name}" for name in known])
+        when[other] = tuple(allowed) if isinstance(allowed, list) else (allowed,)
+    if "choices" in value:
+        return dataclasses.replace(_parameter(key, value["choices"], default, known), when=when)
+    start = default or Parameter(key)
+    low, high = value.get("low", start.low), value.get("high", start.high)
+    log = value.get("log", start.log)
+    if not all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in (low, high)):
+        raise ConfigError(f"{key}: low = {low!r} and high = {high!r} must be numbers")
+    if isinstance(known[key], float):
+        low, high = float(low), float(high)
+    if not low < high:
+        raise ConfigError(f"{key}: the range from {low} to {high} is empty")
+    if log and low <= 0:
+        raise ConfigError(f"{key}: a logarithmic range must be above 0, not from {low}")
+    return Parameter(key, low, high, bool(log), when=when)
+
+
+def _checked(space: list[Parameter], base: DistillConfig) -> list[Parameter]:
+    """The space, if the configuration takes both ends of every range and every choice."""
+    problems = []
+    for parameter in space:
+        for value in parameter.choices or (parameter.low, parameter.high):
+            try:
+                configured(base, {parameter.key: value})
+            except (ConfigError, TypeError) as error:
+                problems.append(str(error))
+    if problems:
+        raise ConfigError("space: " + "; ".join(problems))
+    return space
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

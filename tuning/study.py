@@ -1,0 +1,153 @@
+"""The study behind a sweep: what was asked, what came of it, on storage, so that any process may be killed.
+
+What the next trial tries depends on the seed, its number and the finished trials alone: a sweep that goes on after
+a kill asks what it would have asked.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from talk_dist.config import DistillConfig
+from talk_dist.errors import ConfigError
+from tuning.space import Parameter, Value, suggest
+
+IDENTITY, REASON = "identity", "reason"
+START_UP = 10  # trials at random before the model of the space says anything
+
+
+class Study:
+    """Ask, report, tell; every answer is on storage before the method returns."""
+
+    def __init__(self, study: optuna.Study, space: Sequence[Parameter], base: DistillConfig, sampler: str, seed: int):
+        self._study, self._space, self._base = study, list(space), base
+        self._sampler, self._seed = sampler, seed
+        self._pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        self._orphans = [trial.number for trial in self.trials(TrialState.RUNNING)]  # of a sweep that was killed
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """All trials, or those in these states, by number."""
+        return self._study.get_trials(deepcopy=False, states=states or None)
+
+    @property
+    def raw(self) -> optuna.Study:
+        """What Optuna's own tools take."""
+        return self._study
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        done = self.trials(TrialState.COMPLETE)
+        return max(done, key=lambda trial: (trial.values[0], -trial.number)) if done else None
+
+    def enqueue(self, points: Sequence[Mapping[str, Value]]) -> None:
+        """Try these points first; nothing if the study has begun."""
+        if not self.trials():
+            for point in points:
+                self._study.enqueue_trial(dict(point))
+
+    def ask(self, total: int) -> tuple[int, dict[str, Value]] | None:
+        """(number, point) of a trial to run: first those that were cut off, then new ones, until there are
+        ``total``; None if there are."""
+        if self._orphans:
+            number = self._orphans.pop(0)
+            return number, self._point(self._trial(number))
+        asked = [trial for trial in self.trials() if trial.state is not TrialState.WAITING]
+        if len(asked) >= total:
+            return None
+        self._study.sampler = self._sampler_of(len(asked))
+        trial = self._study.ask()
+        return trial.number, self._point(trial)
+
+    def report(self, number: int, step: int, value: float) -> bool:
+        """A trial's value after a step; True if it is not worth going on (successive halving over the steps)."""
+        trial = self._trial(number)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a trial that goes on reports its last step again
+            trial.report(value, step)
+        return bool(self._pruner.prune(self._study, self._frozen(number)))
+
+    def tell(self, number: int, value: float | None, state: str, **facts: Any) -> None:
+        """How a trial ended: `complete`, `pruned`, or `failed` with its reason among the facts."""
+        known = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+        trial = self._trial(number)
+        for name, fact in facts.items():
+            trial.set_user_attr(name, fact)
+        told = value if state == "complete" else None  # of a pruned trial the last report counts
+        self._study.tell(number, told, known[state], skip_if_finished=True)
+
+    def _trial(self, number: int) -> Trial:
+        return Trial(self._study, self._frozen(number)._trial_id)
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self._study.get_trials(deepcopy=False)[number]
+
+    def _point(self, trial: Trial) -> dict[str, Value]:
+        return suggest(self._space, trial, self._base)
+
+    def _sampler_of(self, number: int) -> optuna.samplers.BaseSampler:
+        """A sampler for one trial: its draws depend on seed and number, not on what this process drew before."""
+        seed = (self._seed + 1) * 1_000_003 + number
+        if self._sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=START_UP)
+
+
+def open_study(
+    storage: str,
+    name: str,
+    identity: Mapping[str, Any],
+    space: Sequence[Parameter],
+    base: DistillConfig,
+    sampler: str = "tpe",
+    seed: int = 0,
+) -> Study:
+    """The study of that name, made if there is none. ``storage``: a journal file, or the URL of a data base.
+
+    Raises ConfigError if it is a study of something else, or the storage cannot be written.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    told = json.loads(json.dumps(identity))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            study = optuna.create_study(
+                storage=_storage(storage), study_name=name, direction="maximize", load_if_exists=True
+            )
+            saved = study.user_attrs.get(IDENTITY)
+            if saved is None:
+                study.set_user_attr(IDENTITY, told)
+        except (OSError, ImportError) as error:
+            raise ConfigError(f"--storage {storage}: cannot be opened ({error})") from error
+        except Exception as error:  # each data base has its own
+            if type(error).__module__.split(".")[0] not in ("sqlalchemy", "optuna"):
+                raise
+            raise ConfigError(f"--storage {storage}: cannot be opened ({str(error).splitlines()[0]})") from error
+    if saved is not None and saved != told:
+        changed = [
+            f"{key}: {saved.get(key)!r} there, {told.get(key)!r} now"
+            for key in sorted(saved.keys() | told.keys())
+            if saved.get(key) != told.get(key)
+        ]
+        raise ConfigError(
+            f"study {name!r} in {storage} belongs to another sweep ({'; '.join(changed)}); choose another --name"
+        )
+    return Study(study, space, base, sampler, seed)
+
+
+def _storage(storage: str) -> BaseStorage:
+    if "://" in storage:
+        return RDBStorage(storage)
+    path = Path(storage).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
