@@ -166,7 +166,7 @@ def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[s
     if "choices" in value:
         return dataclasses.replace(_parameter(key, value["choices"], default, known), when=when)
     start = default or Parameter(key)
-    low, high = value.get("low", start.low), value.get("high", start.high)
+    low, high = _number(value.get("low", start.low)), _number(value.get("high", start.high))
     log = value.get("log", start.log)
     if not all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in (low, high)):
         raise ConfigError(f"{key}: low = {low!r} and high = {high!r} must be numbers")
@@ -177,6 +177,14 @@ def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[s
     if log and low <= 0:
         raise ConfigError(f"{key}: a logarithmic range must be above 0, not from {low}")
     return Parameter(key, low, high, bool(log), when=when)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-2 as a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _checked(space: list[Parameter], base: DistillConfig) -> list[Parameter]:
