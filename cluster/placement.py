@@ -65,9 +65,12 @@ def allot(
 def reserve(
     bundles: Sequence[dict[str, float]], strategy: str, wait_seconds: float, what: str, remedy: str
 ) -> PlacementGroup:
-    """A placement group, once it is there. Raises CapacityError, with what is missing, after ``wait_seconds``."""
+    """A placement group, once it is there. Raises CapacityError, with what is missing, after ``wait_seconds``.
+
+    While it waits, it says what for.
+    """
     group = placement_group(list(bundles), strategy=strategy)
-    started = told = time.monotonic()
+    started, told = time.monotonic(), -math.inf
     while not group.wait(timeout_seconds=min(2.0, wait_seconds)):
         now = time.monotonic()
         if now - started >= wait_seconds:
@@ -77,6 +80,24 @@ def reserve(
             told = now
             print(f"{shortage(bundles, what)}; waiting {wait_seconds - (now - started):.0f} s more", file=sys.stderr)
     return group
+
+
+def fits(bundles: Sequence[dict[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
+    """Whether all ``bundles`` find room on ``nodes`` together, each on one of them.
+
+    Largest first, each where most is left: exact for one node, and where bundles are alike. Of mixed ones on several
+    nodes it may miss a way that exists.
+    """
+    free = [dict(node) for node in nodes]
+    names = sorted({name for bundle in bundles for name in bundle}, key=lambda name: (name != "GPU", name))
+    for bundle in sorted(bundles, key=lambda bundle: [bundle.get(name, 0.0) for name in names], reverse=True):
+        able = [node for node in free if all(node.get(n, 0.0) >= v - 1e-6 for n, v in bundle.items())]
+        if not able:
+            return False
+        best = max(able, key=lambda node: [node.get(name, 0.0) for name in names])
+        for name, amount in bundle.items():
+            best[name] = best.get(name, 0.0) - amount
+    return True
 
 
 def shortage(bundles: Sequence[dict[str, float]], what: str) -> str:

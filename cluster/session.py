@@ -18,18 +18,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.encoder_group import EncoderGroup
 from cluster.metrics import Gauges
-from cluster.placement import allot
+from cluster.placement import allot, fits, shortage
 from cluster.pool import RayPool
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
-from talk_dist.errors import ConfigError, DataError
+from talk_dist.errors import CapacityError, ConfigError, DataError
 from talk_dist.models.encoder import load_encoder
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback
 
 PACKAGES = ("torch", "transformers", "numpy", "ray")
 PROBE_SECONDS = 60
+HERE = ("", "local")  # addresses that mean a Ray of our own
 
 
 @contextmanager
@@ -39,24 +40,30 @@ def open_session(config: DistillConfig) -> Iterator[RaySession]:
     Raises ConfigError, within seconds, if there is none, or it does not let us in.
     """
     with ExitStack() as stack:
+        address, own = config.cluster.address or os.environ.get("RAY_ADDRESS", ""), False
         if not ray.is_initialized():
-            _connect(config.cluster.address or os.environ.get("RAY_ADDRESS", ""))
+            _connect(address)
             stack.callback(ray.shutdown)
-        yield RaySession(config, stack)
+            own = address in HERE
+        yield RaySession(config, stack, own)
 
 
 class RaySession:
-    """Makes what a run needs: an encoder, a pool, callbacks. Everything is closed with the session."""
+    """Makes what a run needs: an encoder, a pool, callbacks. Everything is closed with the session.
 
-    def __init__(self, config: DistillConfig, stack: ExitStack):
-        self.config, self.stack = config, stack
+    ``own``: this Ray was started here for this run, so that nobody will add a node to it.
+    """
+
+    def __init__(self, config: DistillConfig, stack: ExitStack, own: bool = False):
+        self.config, self.stack, self.own = config, stack, own
         self._group: EncoderGroup | None = None
         self.callbacks: Sequence[Callback] = [Gauges()]
 
     def encoder(self) -> Encoder:
-        """The language model of the driver, or the group that has it."""
+        """The language model of the driver, or the group that has it. Raises CapacityError if there is no room."""
         if not self.config.deepspeed.workers:
             return load_encoder(self.config.encoder)
+        self._refuse_if_hopeless([], "lower deepspeed.workers, deepspeed.cpus or deepspeed.gpus")
         group = EncoderGroup(
             self.config.encoder,
             self.config.deepspeed,
@@ -72,16 +79,31 @@ class RaySession:
 
         Raises ConfigError or DataError if a node could not work for us, CapacityError if there is no room.
         """
-        check_nodes(tag)
         config = self.config
         nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         for _ in range(config.deepspeed.workers):  # they have their share already
             richest = max(nodes, key=lambda node: node.get("CPU", 0))
             richest["CPU"] = richest.get("CPU", 0) - config.deepspeed.cpus
         allotment = allot(tag.num_parts, nodes, config.runtime, config.cluster, memory)
+        settings = "lower cluster.actors, cluster.cpus, cluster.gpus or cluster.memory_gib"
+        self._refuse_if_hopeless(allotment.bundles, settings)
+        check_nodes(tag)
         pool = RayPool(tag, config.encoder, config.kernel, config.runtime, config.cluster, allotment, self._group)
         self.stack.callback(pool.close)
         return pool
+
+    def _refuse_if_hopeless(self, shards: list[dict[str, float]], remedy: str) -> None:
+        """Raises CapacityError at once if a Ray of our own is too small for ``shards`` beside the encoder workers."""
+        group = self.config.deepspeed
+        one = {"CPU": group.cpus, "GPU": group.gpus}
+        workers = [{name: amount for name, amount in one.items() if amount} for _ in range(group.workers)]
+        whole = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if self.own and not fits([*shards, *workers], whole):
+            missing = shortage(shards, "the shards") if shards else shortage(workers, "the encoder workers")
+            raise CapacityError(
+                f"{missing}. Nothing can join a Ray that was started for this run: {remedy}, or run on "
+                "a cluster (cluster.address)"
+            )
 
 
 def _connect(address: str) -> None:
@@ -90,20 +112,17 @@ def _connect(address: str) -> None:
             f"cluster.address = {address!r}: the driver must run in the cluster. "
             f"Submit it as a job: python -m cluster.submit --address http://HEAD:8265 --config run.yaml"
         )
-    if address not in ("", "auto", "local"):
-        _knock(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     try:
-        if address in ("", "local"):
+        if address not in (*HERE, "auto"):
+            _knock(address)
+        if address in HERE:
             ray.init(address="local", include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, AuthenticationError) as error:
-        raise ConfigError(
-            f"cluster.address = {address!r}: no Ray cluster lets us in there ({_first_line(error)}). Start one "
-            "(`ray start --head`), or set RAY_AUTH_MODE and RAY_AUTH_TOKEN as they are set on its head"
-        ) from error
+        raise _locked_out(address, _first_line(error)) from error
     except RuntimeError as error:
         if "ersion" not in str(error):
             raise
@@ -111,14 +130,36 @@ def _connect(address: str) -> None:
 
 
 def _knock(address: str) -> None:
+    """Raises ConfigError at once where Ray itself would try for twenty seconds and not say why it gave up."""
+    remedy = "give host:port of a Ray head (its port is 6379 unless it was started with another), or leave it empty "
+    remedy += "to start a Ray here"
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cluster.address = {address!r}: nothing answers there ({error}); give host:port of a Ray head "
-            "(its port is 6379 unless it was started with another), or leave it empty to start a Ray here"
-        ) from error
+        raise ConfigError(f"cluster.address = {address!r}: nothing answers there ({error}); {remedy}") from error
+    try:
+        from ray._private.grpc_utils import grpc, init_grpc_channel
+    except ImportError:  # it is not public; without it, Ray itself finds out
+        return
+    with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId", lambda nothing: nothing, bytes)
+        try:
+            call(b"", timeout=10)
+        except grpc.RpcError as error:
+            code, told = error.code(), error.details()
+            if code is grpc.StatusCode.UNAUTHENTICATED:
+                raise _locked_out(address, told) from error
+            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                message = f"cluster.address = {address!r}: what answers there is no Ray head ({told}); {remedy}"
+                raise ConfigError(message) from error
+
+
+def _locked_out(address: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"cluster.address = {address!r}: no Ray cluster lets us in there ({reason}). Start one "
+        "(`ray start --head`), or set RAY_AUTH_MODE and RAY_AUTH_TOKEN as they are set on its head"
+    )
 
 
 def check_nodes(tag: PreparedTag) -> None:
@@ -182,10 +223,13 @@ def _prober() -> Callable[[str, Sequence[str]], dict[str, Any]]:
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = None
         digest = hashlib.sha256()
-        for package in ("talk_dist", "cluster"):
-            found = importlib.util.find_spec(package)
-            for folder in (found.submodule_search_locations or []) if found else []:
-                for file in sorted(Path(folder).rglob("*.py")):
+        for package, module in (("talk_dist", "talk_dist"), ("cluster", "cluster.actors")):
+            try:  # of cluster a module: any folder of that name passes for a package without one
+                found = importlib.util.find_spec(module)
+            except ModuleNotFoundError:
+                found = None
+            if found and found.origin:
+                for file in sorted(Path(found.origin).parent.rglob("*.py")):
                     digest.update(file.read_bytes())
             versions[package] = f"version {digest.hexdigest()[:8]} of" if found else None
         filesystem, inside = fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)

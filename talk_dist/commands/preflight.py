@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from talk_dist.commands.folder import ARTIFACT, RunFolder
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
@@ -54,44 +50,6 @@ def listed(problems: Sequence[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems" + "".join(f"\n  {i}. {p}" for i, p in enumerate(problems, 1))
-
-
-def check_out(out: str) -> None:
-    """Raises ConfigError unless the run folder ``out`` can be written, and DataError if something is in the way."""
-    if "://" in out:
-        raise ConfigError(f"--out {out}: a run needs a local folder (its log and picture); copy its results afterwards")
-    folder = Path(out).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
-    artifact = folder / "synthetic"
-    if artifact.exists() and not (artifact / CONFIG).exists() and (artifact.is_file() or os.listdir(artifact)):
-        raise DataError(
-            str(artifact), f"is in the way: it has no {CONFIG}, so it is not replaced; choose another --out"
-        )
-
-
-@contextmanager
-def alone(out: str) -> Iterator[None]:
-    """Holds the run folder ``out``; the system lets go of it however the process ends.
-
-    Raises ConfigError if another process holds it. Where a folder cannot be locked, nothing is held.
-    """
-    with ExitStack() as stack:
-        with suppress(OSError):  # what is wrong with the folder, check_out says
-            if "://" not in out:
-                folder = Path(out).expanduser()
-                folder.mkdir(parents=True, exist_ok=True)
-                handle = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, handle)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise ConfigError(f"--out {out}: another run is at work there; choose another folder") from error
-        yield
 
 
 def check_tag(tag: PreparedTag, config: DistillConfig, splits: Sequence[str], problems: Problems) -> None:
@@ -154,7 +112,7 @@ def refuse_if_too_large(plan: estimate.Plan, config: DistillConfig) -> None:
 def check(
     config: DistillConfig,
     evaluation: EvaluateConfig | None,
-    out: str,
+    folder: RunFolder,
     load: Callable[[], Encoder],
     open_data: Callable[[Encoder | None], PreparedTag | None],
 ) -> tuple[PreparedTag, Encoder, estimate.Plan]:
@@ -163,7 +121,7 @@ def check(
     ``open_data`` may need the encoder (to prepare the embedded graph), and gives None without it then.
     """
     problems = Problems()
-    problems.attempt(lambda: check_out(out))
+    problems.attempt(folder.check)
     encoder = problems.attempt(load)
     tag = problems.attempt(lambda: open_data(encoder))
     if tag is not None:
@@ -219,5 +177,5 @@ def distilled_with(artifact: SyntheticTAG, path: str) -> DistillConfig:
 
 def artifact_path(path: str) -> str:
     """The artifact at ``path``, or inside it if that is the folder of a run."""
-    inside = storage.join(path, "synthetic")
+    inside = storage.join(path, ARTIFACT)
     return inside if storage.exists(storage.join(inside, CONFIG)) else path

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from talk_dist.commands import preflight, report
 from talk_dist.commands.call import EMBEDDED, Call, api_name, given
+from talk_dist.commands.folder import ARTIFACT, PREPARED, RunFolder, beside
 from talk_dist.commands.place import Place, place
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage, tables
@@ -40,7 +39,7 @@ class Distill:
     data: str = EMBEDDED
     """Folder of a prepared graph, or `python-api`: the API of this interpreter's standard library."""
     out: str = "runs/python-api"
-    """Folder of the run: checkpoint, log, the artifact `synthetic/`, and the evaluation."""
+    """Folder of the run, on any pyarrow.fs path: checkpoint, log, the artifact `synthetic/`, and the evaluation."""
     preset: Literal["default", "quick", "paper"] = "default"
     """Settings to start from. quick: minutes on two cores; paper: TaLK (arXiv 2606.22975) to the letter."""
     resume: Literal["auto", "never"] = "auto"
@@ -49,39 +48,44 @@ class Distill:
     """Afterwards train fresh students on the result and on its rivals, as `evaluation` says, and compare."""
 
     def run(self, call: Call, config: DistillConfig, evaluation: EvaluateConfig) -> None:
-        with preflight.alone(self.out), place(config) as where:
-            self._run(call, where, config, evaluation)
+        folder = RunFolder(self.out)
+        with folder.alone(), place(config) as where:
+            self._run(call, folder, where, config, evaluation)
 
-    def _run(self, call: Call, where: Place, config: DistillConfig, evaluation: EvaluateConfig) -> None:
-        out, lines = Path(self.out).expanduser(), ProgressLines()
+    def _run(
+        self, call: Call, folder: RunFolder, where: Place, config: DistillConfig, evaluation: EvaluateConfig
+    ) -> None:
+        lines = ProgressLines()
         tag, encoder, plan = preflight.check(
             config,
             evaluation if self.evaluate else None,
-            self.out,
+            folder,
             where.encoder,
-            lambda encoder: self._open(out, encoder, config, lines),
+            lambda encoder: self._open(folder, encoder, config, lines),
         )
         pool = where.pool(tag, encoder, lambda parts: plan.actor(parts).host)
-        path = str(out / "checkpoint.safetensors")
-        checkpoint = Checkpoint(path, identity(tag, encoder, config), self.resume == "auto")
+        path, resume = folder.path("checkpoint.safetensors"), self.resume == "auto"
+        checkpoint = Checkpoint(path, identity(tag, encoder, config), resume, folder.guard)
+        checkpoint.load()  # refuses the state of another run, before this one takes the folder from anybody
+        folder.claim()
         saved = checkpoint.load()
         call.stop.advice = lambda: self._advice(call, checkpoint)
-        log = JsonLines(out / "log.jsonl")
-        log.path.write_text("".join(json.dumps(record) + "\n" for record in saved.history) if saved else "")
+        log = JsonLines(folder.path("log.jsonl"), saved.history if saved else (), folder.guard)
+        log.write()
         if saved:
             print(f"going on with what {path} holds: {_epochs(saved.epoch)}")
         call.lap("prepare")
         synthetic = distill(pool, encoder, config, [call.stop, lines, log, *where.callbacks], checkpoint)
         about = {"command": call.command, "readings": readings(synthetic, encoder)}
         synthetic = replace(synthetic, config=synthetic.config | about)
-        for name in (EVALUATION, PICTURE):  # of an artifact that is about to be replaced
-            (out / name).unlink(missing_ok=True)
-        synthetic.save_pretrained(out / "synthetic")
+        folder.remove(EVALUATION, PICTURE)  # of an artifact that is about to be replaced
+        artifact = folder.path(ARTIFACT)
+        synthetic.save_pretrained(artifact)
         call.lap("distill")
         if self.evaluate:
-            _evaluate(call, pool, encoder, synthetic, config, evaluation, str(out / "synthetic"), out)
+            _evaluate(call, pool, encoder, synthetic, config, evaluation, artifact, folder)
             return
-        print(f"{len(synthetic)} synthetic nodes, {synthetic.num_bytes():,} bytes: {out / 'synthetic'}")
+        print(f"{len(synthetic)} synthetic nodes, {synthetic.num_bytes():,} bytes: {artifact}")
         print(f"evaluate them: talk-dist evaluate {shlex.quote(self.out)} --data {shlex.quote(tag.path)}")
 
     def _advice(self, call: Call, checkpoint: Checkpoint) -> str:
@@ -94,22 +98,25 @@ class Distill:
                 again.append(word)
         try:
             saved = Checkpoint(checkpoint.path, checkpoint.identity).load()
-        except TalkDistError:  # of another run, which `--resume never` was about to replace
+        except (TalkDistError, OSError):  # of another run, which `--resume never` was about to replace, or out of reach
             saved = None
         done = f"{checkpoint.path} holds {_epochs(saved.epoch)}" if saved else "Nothing is saved yet"
         return f"{done}; go on with:\n  {shlex.join(again)}"
 
-    def _open(self, out: Path, encoder: Encoder | None, config: DistillConfig, lines: Callback) -> PreparedTag | None:
+    def _open(
+        self, run: RunFolder, encoder: Encoder | None, config: DistillConfig, lines: Callback
+    ) -> PreparedTag | None:
         if self.data != EMBEDDED:
             return PreparedTag(self.data)
         if encoder is None:
             return None
-        folder, hops = str(out / "prepared"), max(1, config.kernel.hops - 1)
+        folder, hops = run.path(PREPARED), max(1, config.kernel.hops - 1)
         if storage.exists(storage.join(folder, "META.json")):
             tag = PreparedTag(folder)
             made = tag.meta["tokenizer"]["fingerprint"], tag.meta["name"]
             if made == (encoder.tokenizer.fingerprint, api_name()) and tag.meta["partition"]["halo_hops"] >= hops:
                 return tag
+        run.claim()  # another run there may be reading the graph that is replaced
         print("reading the standard library's own documentation into a graph")
         source = tables.from_arrow(*build_python_api())
         return prepare(
@@ -142,10 +149,10 @@ class Evaluate:
 
     def run(self, call: Call, evaluation: EvaluateConfig) -> None:
         path = preflight.artifact_path(given(self.artifact, "an artifact"))
-        beside = str(Path(path).parent / "prepared")
-        if not self.data and not storage.exists(beside):
+        near = beside(path, PREPARED)
+        if not self.data and not storage.exists(near):
             raise ConfigError("--data: give the folder of the prepared graph that the artifact was made from")
-        synthetic, tag = SyntheticTAG.from_pretrained(path), PreparedTag(self.data or beside)
+        synthetic, tag = SyntheticTAG.from_pretrained(path), PreparedTag(self.data or near)
         config = preflight.distilled_with(synthetic, path)
         config = replace(
             config,
@@ -179,7 +186,7 @@ def _evaluate(
     config: DistillConfig,
     evaluation: EvaluateConfig,
     path: str,
-    folder: Path | None,
+    folder: RunFolder | None,
 ) -> None:
     """Evaluate, write the table into the artifact at ``path`` and, with the picture, into ``folder``, and print it."""
     lines = ProgressLines()
@@ -199,19 +206,22 @@ def _evaluate(
     }
     metrics = synthetic.metrics | {"evaluation": as_metrics(rows, evaluation) | about}
     synthetic = replace(synthetic, metrics=metrics)
+    if folder is not None:
+        folder.guard()
     synthetic.save_pretrained(path)
     sentence = report.summary(rows, synthetic, evaluation, config.encoder.adapters)
     print(table(rows), "", sentence, "", f"artifact    {path}", sep="\n")
     if folder is not None:
         text = report.evaluation(rows, synthetic, evaluation, config.encoder.adapters, call.command, took)
-        storage.write_atomic(folder / EVALUATION, text.encode())
-        print(f"evaluation  {folder / EVALUATION}")
-        print(f"picture     {plot(synthetic.metrics, str(synthetic.config['dataset']), folder / PICTURE)}")
+        storage.write_atomic(folder.path(EVALUATION), text.encode())
+        print(f"evaluation  {folder.path(EVALUATION)}")
+        drawn = plot(synthetic.metrics, str(synthetic.config["dataset"]), folder.path(PICTURE))
+        print(f"picture     {drawn}")
     print(f"seconds     {took}")
 
 
 def _epochs(finished: int) -> str:
-    """Epoch 0 is the start, evaluated; nothing is finished while the start itself is all there is."""
-    if not finished:
-        return "the start, before the first epoch"
-    return f"{finished} finished epoch{'s' if finished > 1 else ''}"
+    """What a state holds, counted as `outer.epochs` counts: the first that finishes is the start itself."""
+    if finished < 2:
+        return "the start" if finished else "the start, not yet validated"
+    return f"the start and {finished - 1} epoch{'s' if finished > 2 else ''}"

@@ -153,7 +153,7 @@ def _load_yaml(path: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: cannot be read ({reason})") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"--config {path}: must hold settings as `key: value`, not {tree!r}")
+        raise ConfigError(f"--config {path}: must hold settings as `key: value`, not a {type(tree).__name__}")
     return tree
 
 

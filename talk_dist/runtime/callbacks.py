@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from talk_dist.data import storage
+
 
 class Callback:
     """Override what you need; both do nothing here."""
@@ -81,15 +83,25 @@ class ProgressLines(Callback):
 
 
 class JsonLines(Callback):
-    """Appends every epoch's record to a local JSONL file."""
+    """The record of every epoch, in a JSONL file on any storage, after those of ``history``.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    The file is small and written whole, because not every storage can append. ``guard`` as in `Checkpoint`.
+    """
+
+    def __init__(
+        self, path: str | Path, history: Sequence[dict[str, Any]] = (), guard: Callable[[], None] | None = None
+    ):
+        self.path, self.records, self.guard = path, list(history), guard
 
     def epoch(self, record: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.records.append(record)
+        self.write()
+
+    def write(self) -> None:
+        """Publish all records there are."""
+        if self.guard:
+            self.guard()
+        storage.write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in self.records).encode())
 
 
 class Stop(Callback):

@@ -7,6 +7,7 @@ that was never interrupted, to the bit.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,13 +45,19 @@ class DistillState:
 
 
 class Checkpoint:
-    """``path`` holds the last finished epoch of the run that ``identity`` (config, data hash) describes."""
+    """``path`` holds the last finished epoch of the run that ``identity`` (config, data hash) describes.
 
-    def __init__(self, path: str, identity: dict[str, Any], resume: bool = True):
-        self.path, self.resume = path, resume
+    ``guard`` is called before every save, and raises where this run must not write any more.
+    """
+
+    def __init__(
+        self, path: str, identity: dict[str, Any], resume: bool = True, guard: Callable[[], None] | None = None
+    ):
+        self.path, self.resume, self.guard = path, resume, guard
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))  # tuples as they will be read back
 
     def save(self, state: DistillState) -> None:
+        """Publish ``state``. Raises what the guard raises; the state of before is whole then."""
         tensors = {"x_s": state.x_s, "y_s": state.y_s, "log_temperature": state.log_temperature}
         if state.best is not None:
             tensors["best.x_s"], tensors["best.y_s"] = state.best
@@ -58,6 +65,8 @@ class Checkpoint:
         scalars = {name: getattr(state, name) for name in ("epoch", "best_accuracy", "best_epoch", "history")}
         metadata = {"state": json.dumps(scalars), "identity": json.dumps(self.identity)}
         data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        if self.guard:
+            self.guard()
         storage.write_atomic(self.path, save_safetensors(data, metadata))
 
     def load(self) -> DistillState | None:

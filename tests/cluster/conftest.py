@@ -20,7 +20,8 @@ from talk_dist.resources import ClusterConfig, RuntimeConfig
 @pytest.fixture(scope="session")
 def one_ray():
     """Ray on this machine, for every test that needs no nodes of its own."""
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # local: another Ray may be running on this machine
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -41,6 +41,8 @@ class Head:
 
     address: str
     home: str
+    gcs: str
+    """host:port for drivers."""
 
     def start(self, *arguments: str, cwd: Path, token: str = TOKEN) -> subprocess.Popen[str]:
         env = without_ray() | {"RAY_AUTH_TOKEN": token, "HOME": self.home}  # a home without a token file
@@ -73,7 +75,7 @@ def started() -> Iterator[Head]:
         ray_cli = [sys.executable, "-m", "ray.scripts.scripts"]
         process = subprocess.Popen([*ray_cli, *words.split()], env=env, stdout=log, stderr=log, start_new_session=True)
     try:
-        here = Head(f"http://127.0.0.1:{web}", str(folder))
+        here = Head(f"http://127.0.0.1:{web}", str(folder), f"127.0.0.1:{gcs}")
         request = urllib.request.Request(f"{here.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
         deadline = time.monotonic() + 90
         while True:

@@ -29,7 +29,7 @@ class Eater(ShardActor):
 
 
 crew.ShardActor = Eater
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 encoder = EncoderConfig(name=sys.argv[2], pooling="mean", precision="float32", device="cpu")
 allotment = Allotment(parts=((0,),), cpus=1, gpus=0, memory=100 << 20, threads=1)
 pool = RayPool(

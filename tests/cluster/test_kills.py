@@ -120,7 +120,7 @@ def test_a_killed_driver_goes_on_to_the_same_result(four, encoder_folder, tmp_pa
     assert driver.returncode == -signal.SIGKILL
     done = subprocess.run(on_ray, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"going on with what .*checkpoint.safetensors holds: \d finished epoch", done.stdout)
+    assert re.search(r"going on with what .*checkpoint.safetensors holds: the start", done.stdout)
     tensors = [(tmp_path / name / "synthetic" / "synthetic.safetensors").read_bytes() for name in ("local", "ray")]
     assert tensors[0] == tensors[1]
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cluster.placement import allot, reserve
+from cluster.placement import allot, fits, reserve
 from talk_dist.errors import CapacityError
 from talk_dist.resources import ClusterConfig, RuntimeConfig
 
@@ -42,3 +42,33 @@ def test_no_room_is_said_in_time(one_ray, capsys):
     with pytest.raises(CapacityError, match=r"no room for the shards: 2 × \(5 CPU and 3 GPU\) .* 6 GPU \(it has 0 GPU"):
         reserve([{"CPU": 5.0, "GPU": 3.0}] * 2, "SPREAD", 1.0, "the shards", "Add nodes")
     assert time.monotonic() - started < 20
+
+
+def test_who_waits_is_told_at_once_what_for(one_ray, capsys):
+    with pytest.raises(CapacityError, match=r"waited 3 s\. Add nodes"):
+        reserve([{"GPU": 1.0}], "SPREAD", 3.0, "the shards", "Add nodes")
+    first = capsys.readouterr().err.splitlines()[0]
+    assert "ask the cluster of 1 node(s) for 1 GPU (it has 0 GPU, 0 GPU free); waiting 1 s more" in first
+
+
+@pytest.mark.parametrize(
+    ("bundles", "nodes", "expected"),
+    [
+        ([], [], True),
+        ([{"CPU": 1}], [], False),
+        ([{"CPU": 2}] * 2, [{"CPU": 4}], True),
+        ([{"CPU": 2}] * 3, [{"CPU": 4}], False),
+        ([{"CPU": 3}] * 2, [{"CPU": 4}, {"CPU": 2}], False),  # enough in sum, but a bundle lives on one node
+        ([{"CPU": 1}, {"CPU": 4}], [{"CPU": 4}, {"CPU": 1}], True),  # the large one first
+        ([{"CPU": 1, "GPU": 1}], [{"CPU": 8}], False),
+        ([{"CPU": 1}] * 4 + [{"CPU": 4, "GPU": 1}], [{"CPU": 4, "GPU": 1}, {"CPU": 4}], True),  # GPUs first
+        ([{"GPU": 0.1}] * 10, [{"GPU": 1}], True),  # whatever the sum of ten tenths is
+        ([{"GPU": 0.1}] * 11, [{"GPU": 1}], False),
+        ([{"CPU": 1, "memory": 3e9}] * 2, [{"CPU": 8, "memory": 5e9}], False),
+        ([{"CPU": 1, "memory": 3e9}] * 2, [{"CPU": 8, "memory": 5e9}, {"CPU": 1, "memory": 3e9}], True),
+    ],
+)
+def test_what_fits(bundles, nodes, expected):
+    before = [dict(node) for node in nodes]
+    assert fits(bundles, nodes) is expected
+    assert nodes == before

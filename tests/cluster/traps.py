@@ -39,9 +39,9 @@ def trapped(trap):
             trap.step_on(method, part)
             return super().call(part, method, *args)
 
-        def encode(self, part, adapters):
+        def encode(self, part, adapters, workers=()):
             trap.step_on("encode", part)
-            return super().encode(part, adapters)
+            return super().encode(part, adapters, workers)
 
         def exchange(self, part, name, depth, peers):
             trap.step_on(f"exchange-{name}", part)

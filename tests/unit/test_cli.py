@@ -16,7 +16,8 @@ from torch_geometric.data import Data
 
 from talk_dist import __version__
 from talk_dist.cli import COMMANDS, main
-from talk_dist.commands import call, preflight, runs
+from talk_dist.commands import call, runs
+from talk_dist.commands.folder import RunFolder
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.runtime import estimate
@@ -277,7 +278,7 @@ def test_a_full_disk_is_one_message(finished, tags, encoder_folder, told, monkey
 
 def test_a_folder_that_another_run_holds(tags, encoder_folder, told, tmp_path):
     settings = flat({"data": tags[2].path, "out": tmp_path / "run", "encoder.name": encoder_folder} | SMALL)
-    with preflight.alone(str(tmp_path / "run")):
+    with RunFolder(str(tmp_path / "run")).alone():
         _, err = told("distill", *settings, code=2)
     assert "another run is at work there" in err
     told("distill", *settings)

@@ -16,6 +16,7 @@ from talk_dist.models.shape import ModelShape
 from talk_dist.runtime import estimate
 from talk_dist.runtime.estimate import plan
 from talk_dist.runtime.speed import measured_rate
+from talk_dist.synthetic import coresets
 from talk_dist.synthetic.artifact import SyntheticTAG
 
 MINILM = ModelShape(width=384, layers=6, inner=1536, heads=12, vocabulary=30522, positions=512)
@@ -93,6 +94,25 @@ def test_memory_grows_with_what_is_held(tags):
         >= base.whole().host
     )
     assert base.whole().host > estimate.BASE_BYTES + MINILM.bytes
+
+
+def test_the_sample_is_counted_as_it_is_drawn(tags, make_encoder, make_pool):
+    assert estimate.SAMPLE_MINIMUM == coresets.SAMPLE_MINIMUM
+    assert estimate.SAMPLE_PER_NODE == coresets.SAMPLE_PER_NODE
+    pool = make_pool(make_encoder(), 2)
+    counts = coresets.allocate(5, tags[2].train_class_counts)
+    found = plan(tags[2].meta, DistillConfig(), dataclasses.replace(MINILM, width=32), 5, None)
+    assert found.sample == coresets.sample_for(pool, counts, 0).features.nbytes
+
+
+def test_object_stores(tags):
+    one, two = (plan(tags[parts].meta, DistillConfig(), MINILM, 50, None) for parts in (1, 2))
+    halo = sum(shard["halo"] for shard in two.shards)
+    assert two.object_store(2) >= 2 * halo  # H and Z
+    assert two.object_store(1) <= one.object_store(1) + two.reply  # neighbours in the same process send nothing
+    many = dataclasses.replace(two, broadcast=1 << 40)
+    assert many.object_store(2) > 1.9 * many.object_store(2, nodes=1)
+    assert two.object_store(2, group=True) >= two.token_table
 
 
 @pytest.mark.parametrize(

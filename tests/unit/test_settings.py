@@ -99,7 +99,10 @@ def test_one_message_and_exit_code_two(arguments, problem, told, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["encoder: [", "- 1\n- 2\n", "just words"])
+@pytest.mark.parametrize("text", ["encoder: [", "- secret\n- 2\n", "secret words"])
 def test_yaml_that_holds_no_settings(text, told, tmp_path):
+    """A wrong file may be anything: its content stays where it is."""
     (tmp_path / "c.yaml").write_text(text)
-    assert "c.yaml" in told("distill", "--config", tmp_path / "c.yaml", code=2)[1]
+    error = told("distill", "--config", tmp_path / "c.yaml", code=2)[1]
+    assert "c.yaml" in error
+    assert "secret" not in error
