@@ -104,11 +104,14 @@ def _processes(found: Plan, config: DistillConfig) -> list[tuple[str, Process]]:
     parts = len(found.shards)
     actors = min(config.cluster.actors or parts, parts)
     rows = [("driver", found.driver(config.deepspeed.workers > 0))]
-    rows += [(f"actor {index}", found.actor(range(index, parts, actors))) for index in range(actors)]
+    rows += [
+        (f"actor {index}", found.actor(range(index, parts, actors), config.deepspeed.encode_texts))
+        for index in range(actors)
+    ]
     if config.deepspeed.workers:
-        worker = found.worker(config.deepspeed.workers, config.deepspeed.stage)
+        worker = found.worker(config.deepspeed.workers, config.deepspeed.stage, config.deepspeed.encode_texts)
         rows += [(f"encoder worker {index}", worker) for index in range(config.deepspeed.workers)]
-    store = Process(found.object_store(actors), {}, 0, {"encode": 0})
+    store = Process(found.object_store(actors, group=config.deepspeed.workers > 0), {}, 0, {"encode": 0})
     return [*rows, ("object stores together", store)]
 
 

@@ -16,12 +16,18 @@ from talk_dist.models.shape import ModelShape
 from talk_dist.runtime.shard import LIVE_BUFFERS
 from talk_dist.runtime.speed import STEP_SECONDS, Evaluation, work
 
-BASE_BYTES = 365 << 20  # a process with torch, transformers and torch-geometric
-DRIVER_BYTES = 150 << 20  # what the command line and scikit-learn add
-RAY_BYTES = 40 << 20  # what a connection to Ray adds
+BASE_BYTES = 500 << 20  # a process that has used torch, transformers and torch-geometric: their code and tables
+DRIVER_BYTES = 20 << 20  # what the command line and scikit-learn add
+RAY_BYTES = 60 << 20  # what a connection to Ray adds
 DEEPSPEED_BYTES = 150 << 20  # what DeepSpeed and its process group add
 HEAP = 1.5  # arrays of many sizes leave holes in the heap
+HEAP_UNTRIMMED = 2.0  # more of them where nothing gives memory back in between
+MAPPED_BYTES = 32 << 20  # glibc maps larger arrays one by one: they leave no holes
+SAMPLE_MINIMUM, SAMPLE_PER_NODE = 4096, 512  # rows of a class, as in `coresets` (above this room; a test compares)
+SOLVE_BUFFERS = 10  # arrays of the size (M, M) that K_ss with gradient holds at its peak, a hop and layer
 REMEDIES = {
+    "start": "lower --synthetic.size",
+    "solve": "lower --synthetic.size",
     "encode": "lower --encoder.batch_tokens",
     "inject": "lower --outer.inject_batch or --synthetic.tokens",
     "kernel": "lower --kernel.chunk_mib",
@@ -75,9 +81,13 @@ class Plan:
     shards: list[dict[str, int]]  # of each shard, by array: held from the first encoding to the end
     model: int  # the language model
     adapters: int
-    driver_arrays: int  # token embeddings, their optimizer, K_ss and its like
+    driver_arrays: int  # token embeddings and their optimizer
+    token_table: int  # of the language model, which a group of workers sends to the driver
     working: dict[str, int]  # of each phase, while it runs
     broadcast: int  # bytes of what a step sends to every shard
+    reply: int  # bytes of what a shard answers to a step
+    sample: int  # of training rows, which the start needs in the driver
+    student: int  # a student's weights, on their way to the shards
     flop: dict[str, float]
     steps: dict[str, int]  # training steps, each with a least duration
     device: bool
@@ -87,34 +97,39 @@ class Plan:
         held = {"shards": sum(map(_total, self.shards)), "driver": self.driver_arrays}
         return Process(BASE_BYTES + DRIVER_BYTES, held, self.model, self.working, self.device)
 
-    def actor(self, parts: Sequence[int]) -> Process:
-        """A process that holds these parts, and an encoder of its own."""
-        working = {name: self.working[name] for name in ("encode", "kernel")}
+    def actor(self, parts: Sequence[int], borrows: bool = False) -> Process:
+        """A process that holds these parts and an encoder of its own, or ``borrows`` that of the workers."""
+        working = {name: self.working[name] for name in (("kernel",) if borrows else ("encode", "kernel"))}
         held = {"shards": sum(_total(self.shards[part]) for part in parts)}
-        return Process(BASE_BYTES + RAY_BYTES, held, self.model, working, self.device)
+        return Process(BASE_BYTES + RAY_BYTES, held, 0 if borrows else self.model, working, self.device)
 
     def driver(self, group: bool) -> Process:
         """The driver of a run on a cluster; with a ``group`` the language model is not in it."""
-        working = {"inject": 0 if group else self.working["inject"]}
-        working |= {name: self.working[name] for name in ("full",) if name in self.working}
-        held = {"driver": self.driver_arrays}
+        working = {name: size for name, size in self.working.items() if name in ("inject", "start", "solve", "full")}
+        if group:
+            working["inject"] = 0
+        held = {"driver": self.driver_arrays} | ({"token table": self.token_table} if group else {})
         return Process(
             BASE_BYTES + DRIVER_BYTES + RAY_BYTES, held, 0 if group else self.model, working, self.device and not group
         )
 
-    def worker(self, workers: int, stage: int) -> Process:
-        """One of the language model's workers under ZeRO ``stage``."""
+    def worker(self, workers: int, stage: int, lends: bool = False) -> Process:
+        """One of the language model's workers under ZeRO ``stage``; ``lends``: it encodes the real texts too."""
         split = {"parameters": stage >= 3, "gradients": stage >= 2, "optimizer": stage >= 1}
         share = {name: 1 / workers if divided else 1.0 for name, divided in split.items()}
         model = self.model * share["parameters"]
         trained = self.adapters * (2 * share["optimizer"] + share["gradients"] + share["optimizer"])
-        working = {"inject": self.working["inject"]}
+        working = {name: self.working[name] for name in (("inject", "encode") if lends else ("inject",))}
         return Process(BASE_BYTES + RAY_BYTES + DEEPSPEED_BYTES, {}, int(model + trained), working, self.device)
 
-    def object_store(self, actors: int) -> int:
-        """Of the whole cluster: what a step broadcasts, to each node once, and halo rows on their way."""
-        halo = sum(shard["halo"] for shard in self.shards)
-        return self.broadcast * actors + halo
+    def object_store(self, actors: int, nodes: int = 0, group: bool = False) -> int:
+        """Of the whole cluster, by default with a node for each actor: what is on its way at most. Ray frees with a
+        delay, in which the halo rows of H and of Z meet."""
+        parts = len(self.shards)
+        away = (parts - parts / actors) / (parts - 1) if parts > 1 else 0.0  # of the neighbours, in other actors
+        halo = int(2 * away * sum(shard["halo"] for shard in self.shards))
+        step = self.broadcast * (nodes or actors) + self.reply * parts
+        return self.adapters + max(halo, step, self.sample, self.student, self.token_table if group else 0)
 
     def seconds(self, rate: float) -> dict[str, float]:
         """By phase, for a machine whose matrix product runs at ``rate`` FLOP/s."""
@@ -135,7 +150,7 @@ def plan(
     stored = {"float32": 4 * model.width, "bfloat16": 2 * model.width, "int8": model.width + 4}[
         config.synthetic.storage
     ]
-    driver = 7 * tokens_bytes + 12 * m * m * 8 + 8 * m * model.width * 8  # Adam, gradient, best; K_ss and its like
+    driver = 7 * tokens_bytes + 8 * m * model.width * 8  # Adam, gradient, best; encodings and their gradients
     adapters = 3 * 2 * 4 * config.encoder.rank * model.width * model.layers if config.encoder.adapters else 0
     flop, steps = work(meta, config, model, m, evaluation)
     return Plan(
@@ -145,12 +160,23 @@ def plan(
         model=model.bytes,
         adapters=adapters,
         driver_arrays=driver,
+        token_table=4 * model.vocabulary * model.width,
         working=_working(meta, config, model, m, evaluation),
-        broadcast=m * (4 * model.width + 8 * classes) + adapters,
+        broadcast=m * (4 * model.width + 8 * classes),
+        reply=8 * m * (model.width + classes),
+        sample=_sample(meta, m, model.width),
+        student=4 * config.student.hidden * (model.width + classes),
         flop=flop,
         steps=steps,
         device=device,
     )
+
+
+def _sample(meta: dict[str, Any], m: int, width: int) -> int:
+    """Bytes of the training rows that the start chooses from, see `coresets.sample_for`."""
+    counts = meta["class_counts"]["train"]
+    per_class = max(SAMPLE_MINIMUM, SAMPLE_PER_NODE * -(-m * max(counts) // max(1, sum(counts))))
+    return 4 * width * sum(min(count, per_class) for count in counts)
 
 
 def _total(shard: dict[str, int]) -> int:
@@ -182,11 +208,16 @@ def _working(
     item = 8 if kernel.precision == "float64" else 4
     biggest = max(part["nodes"] + part["halo"] for part in meta["parts"])
     block = min(kernel.chunk_mib << 20, biggest * m * item * LIVE_BUFFERS)
+    classes = len(meta["classes"])
+    square, sample = 8 * m * m, _sample(meta, m, model.width)
+    solve = (2 + SOLVE_BUFFERS * kernel.hops * kernel.layers) * square
     working = {
         "encode": HEAP * model.activations(config.encoder.batch_tokens / longest, longest, kept=False)
         + 2 * 4 * biggest * model.width,
         "inject": HEAP * model.activations(min(m, config.outer.inject_batch), config.synthetic.tokens, kept=True),
-        "kernel": HEAP * block + item * biggest * model.width,
+        "kernel": HEAP_UNTRIMMED * block + item * biggest * model.width + 3 * 8 * m * (model.width + classes),
+        "start": 4 * sample,  # as it comes, joined, sorted; a class of it in float64
+        "solve": solve * (HEAP_UNTRIMMED if square < MAPPED_BYTES else 1.0) + sample,
     }
     if evaluation is not None and "full" in evaluation.against:
         nodes, entries = meta["num_nodes"], 2 * meta["num_edges"] + meta["num_nodes"]
