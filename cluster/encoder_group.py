@@ -21,9 +21,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from cluster.borrowed import Lender, encode_over
-from cluster.encoder_places import Place, check_devices, check_settings, engine_config, environments, reserve
+from cluster.encoder_places import Place, check_devices, check_settings, engine_config, environments
 from cluster.encoder_worker import Description, EncoderWorker
 from cluster.failure import Event, classify
+from cluster.placement import reserve
 from talk_dist.config import EncoderConfig, InnerConfig
 from talk_dist.data.tag import TokenLists
 from talk_dist.data.tokenizer import load_tokenizer
@@ -66,7 +67,10 @@ class EncoderGroup:
         self._threads, self._wait, self._attempts = threads, wait_seconds, attempts
         self._adapters: Adapters | None = None  # None until the first start
         self._workers: list[Any] = []
-        self._bundles = reserve(settings, wait_seconds)
+        amounts = (("CPU", settings.cpus), ("GPU", settings.gpus))
+        bundle = {name: amount for name, amount in amounts if amount} or {"CPU": 0.01}
+        remedy = "Take fewer deepspeed.workers, less deepspeed.cpus, or a larger cluster"
+        self._bundles = reserve([bundle] * settings.workers, "PACK", wait_seconds, "the encoder workers", remedy)
         try:
             told: Description = self._call("describe")[0]
         except BaseException:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
 
 from talk_dist.config import EncoderConfig
-from talk_dist.errors import CapacityError, ConfigError
+from talk_dist.errors import ConfigError
 from talk_dist.resources import DeepSpeedConfig
 
 
@@ -97,18 +96,3 @@ def environments(places: Sequence[Place]) -> list[dict[str, str]]:
         found[place.node] += 1
         result.append(environment | ({"CUDA_VISIBLE_DEVICES": ",".join(visible)} if visible else {}))
     return result
-
-
-def reserve(settings: DeepSpeedConfig, seconds: float) -> Any:
-    """A placement group, one bundle a worker. Raises CapacityError if it is not there in time."""
-    bundle = {name: amount for name, amount in (("CPU", settings.cpus), ("GPU", settings.gpus)) if amount}
-    group = placement_group([bundle or {"CPU": 0.01}] * settings.workers, strategy="PACK")
-    if not group.wait(seconds):
-        remove_placement_group(group)
-        whole, free = ray.cluster_resources(), ray.available_resources()
-        has = ", ".join(f"{name}: {free.get(name, 0):g} of {whole.get(name, 0):g} free" for name in ("CPU", "GPU"))
-        raise CapacityError(
-            f"no room for {settings.workers} encoder workers with {bundle} each within {seconds:g} s; the cluster has "
-            f"{has}. Take fewer deepspeed.workers, less deepspeed.cpus, or a larger cluster"
-        )
-    return group

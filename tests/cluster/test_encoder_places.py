@@ -10,7 +10,7 @@ import pytest
 
 from cluster import encoder_group
 from cluster.encoder_group import EncoderGroup
-from cluster.encoder_places import Place, check_devices, engine_config, environments, reserve
+from cluster.encoder_places import Place, check_devices, engine_config, environments
 from talk_dist.config import EncoderConfig
 from talk_dist.errors import CapacityError, ConfigError
 from talk_dist.resources import DeepSpeedConfig
@@ -35,9 +35,11 @@ def test_settings_that_cannot_work(one_ray, encoder_folder, monkeypatch):
         EncoderGroup(config, DeepSpeedConfig(workers=1))
 
 
-def test_no_room(one_ray):
-    with pytest.raises(CapacityError, match=r"no room for 2 encoder workers with .*'CPU': 500.* CPU: .* of 8 free"):
-        reserve(DeepSpeedConfig(workers=2, cpus=500), 0.5)
+def test_no_room(one_ray, encoder_folder):
+    with pytest.raises(
+        CapacityError, match=r"no room for the encoder workers: 2 × \(500 CPU\).*fewer deepspeed.workers"
+    ):
+        EncoderGroup(EncoderConfig(encoder_folder), DeepSpeedConfig(workers=2, cpus=500), wait_seconds=0.5)
 
 
 def test_no_two_ranks_share_a_gpu():
