@@ -12,9 +12,8 @@ import asyncio
 import re
 import shlex
 import sys
-import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,7 +197,7 @@ def show(client: Any, job: str, address: str, follow: bool = True) -> int:
         print(f"job {job}: {details_of(client, job, address).status.value}", file=sys.stderr)
         return 0
     try:
-        _watch(_tail(client, job, address))
+        asyncio.run(_tail(client, job, address))
         details = details_of(client, job, address)
     except KeyboardInterrupt:
         print(
@@ -212,24 +211,6 @@ def show(client: Any, job: str, address: str, follow: bool = True) -> int:
     reason = "" if succeeded else f": {(details.message or '').partition(chr(10))[0]}"
     print(f"job {job}: {details.status.value}{reason}", file=sys.stderr)
     return 0 if succeeded else 1
-
-
-def _watch(tail: Coroutine[Any, Any, None]) -> None:
-    """Run ``tail`` in a thread that may be left behind: closing its connection in order has outlasted Ctrl-C."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            asyncio.run(tail)
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    if raised:
-        raise raised[0]
 
 
 async def _tail(client: Any, job: str, address: str) -> None:

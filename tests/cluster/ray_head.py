@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,9 @@ class Head:
         env = without_ray() | {"RAY_AUTH_TOKEN": token, "HOME": self.home}  # a home without a token file
         command = [sys.executable, "-m", "cluster.submit", "--address", self.address, *arguments]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
+        # A job that a shell started in the background ignores SIGINT, and so would its children.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
 
     def call(self, *arguments: str, cwd: Path, token: str = TOKEN, code: int = 0) -> tuple[str, str]:
         return ended(self.start(*arguments, cwd=cwd, token=token), code)
