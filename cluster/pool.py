@@ -242,7 +242,8 @@ def _size(value: Any) -> int:
 
 def _everywhere(path: str) -> str:
     """A local path as other processes find it; names and URIs as they are."""
-    return os.path.abspath(os.path.expanduser(path)) if "://" not in path and os.path.exists(path) else path
+    local = os.path.expanduser(path)
+    return os.path.abspath(local) if "://" not in path and os.path.exists(local) else path
 
 
 def _exit(error: Exception) -> str:
