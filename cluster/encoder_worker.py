@@ -30,14 +30,13 @@ from talk_dist.errors import ConfigError
 from talk_dist.models.device import bfloat16
 from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student, self_loops
-from talk_dist.models.inner import soft_labels
+from talk_dist.models.inner import diverged, soft_labels
 from talk_dist.models.protocol import Adapters, FitResult
 from talk_dist.runtime.pool import peak_gpu_memory, peak_memory
 
 T = TypeVar("T")
 Fit = tuple[FitResult, dict[str, np.ndarray], Adapters]
 COLLECTIVE_SECONDS = 1800  # how long a rank waits for the others: longer than any of them loads a model or encodes
-DIVERGED = "training diverged: the loss is {} in pass {}; lower inner.gnn_lr or adapter_lr"
 STUCK = (
     "DeepSpeed left the adapters where they were, though their gradient is not zero; take another deepspeed.stage, or "
     "another version of deepspeed or peft"
@@ -242,7 +241,7 @@ class EncoderWorker:
                 stuck = index == 1 and flows and not _moved(start, self.adapters())
                 if stuck or not math.isfinite(loss):
                     self.load_adapters(start)
-                    raise ConfigError(STUCK if stuck else DIVERGED.format(loss, index))
+                    raise ConfigError(STUCK) if stuck else diverged(loss, index)
                 if stale >= config.patience or loss < config.target_loss:
                     break
         self.load_adapters(best[1])

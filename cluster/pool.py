@@ -58,9 +58,9 @@ class RayPool:
         self.tag, self.meter = tag, Meter()
         self._group, self._lends = group, group if group and group.settings.encode_texts else None
         self._encoder = (
-            self._lends.lender if self._lends else dataclasses.replace(encoder, name=_everywhere(encoder.name))
+            self._lends.lender if self._lends else dataclasses.replace(encoder, name=everywhere(encoder.name))
         )
-        path = _everywhere(tag.path)
+        path = everywhere(tag.path)
         self._specs = [ShardSpec(path, part, kernel, runtime.cache) for part in range(tag.num_parts)]
         self._level = dict.fromkeys(range(tag.num_parts), 0)  # part -> phases of `_bring_up` behind it
         self._halo_depth = max(1, kernel.hops - 1)
@@ -240,7 +240,7 @@ def _size(value: Any) -> int:
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
 
 
-def _everywhere(path: str) -> str:
+def everywhere(path: str) -> str:
     """A local path as other processes find it; names and URIs as they are."""
     local = os.path.expanduser(path)
     return os.path.abspath(local) if "://" not in path and os.path.exists(local) else path

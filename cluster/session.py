@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.encoder_group import EncoderGroup
 from cluster.metrics import Gauges
 from cluster.placement import allot, fits, shortage
-from cluster.pool import RayPool
+from cluster.pool import RayPool, everywhere
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
@@ -56,7 +56,6 @@ class RaySession:
 
     def __init__(self, config: DistillConfig, stack: ExitStack, own: bool = False):
         self.config, self.stack, self.own = config, stack, own
-        self._group: EncoderGroup | None = None
         self.callbacks: Sequence[Callback] = [Gauges()]
 
     def encoder(self) -> Encoder:
@@ -71,7 +70,6 @@ class RaySession:
             wait_seconds=self.config.cluster.wait_seconds,
         )
         self.stack.callback(group.close)
-        self._group = group
         return group
 
     def pool(self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int]) -> RayPool:
@@ -88,7 +86,8 @@ class RaySession:
         settings = "lower cluster.actors, cluster.cpus, cluster.gpus or cluster.memory_gib"
         self._refuse_if_hopeless(allotment.bundles, settings)
         check_nodes(tag)
-        pool = RayPool(tag, config.encoder, config.kernel, config.runtime, config.cluster, allotment, self._group)
+        group = encoder if isinstance(encoder, EncoderGroup) else None
+        pool = RayPool(tag, config.encoder, config.kernel, config.runtime, config.cluster, allotment, group)
         self.stack.callback(pool.close)
         return pool
 
@@ -167,7 +166,7 @@ def check_nodes(tag: PreparedTag) -> None:
 
     Raises one ConfigError or DataError that lists every node where something is different.
     """
-    path = os.path.abspath(os.path.expanduser(tag.path)) if "://" not in tag.path else tag.path
+    path = everywhere(tag.path)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     probe = ray.remote(num_cpus=0, max_retries=0)(_prober())
     refs = {

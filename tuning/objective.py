@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from talk_dist.commands import preflight
@@ -30,7 +29,7 @@ from talk_dist.runtime.checkpoint import Checkpoint
 from talk_dist.runtime.outer import accuracy
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for
-from talk_dist.synthetic.init import num_synthetic
+from talk_dist.synthetic.init import num_synthetic, one_hot_labels
 from tuning.space import Value, configured
 
 Report = Callable[[dict[str, Any]], None]
@@ -101,10 +100,8 @@ def choose_ridge(pool: ShardPool, encoder: Encoder, config: DistillConfig, ladde
     pool.encode(encoder.adapters())
     counts = allocate(num_synthetic(config.synthetic.size, pool.tag.num_nodes), pool.tag.train_class_counts)
     h_s = torch.from_numpy(class_centres(sample_for(pool, counts, config.seed), counts, config.seed))
-    labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-    y_s = torch.nn.functional.one_hot(labels, len(counts)).double()
     k_ss = synthetic_kernel(h_s.double(), config.kernel.hops, config.kernel.layers)
-    duals = ridge_path(k_ss, y_s, sorted(ladder))
+    duals = ridge_path(k_ss, one_hot_labels(counts), sorted(ladder))
     scores = [accuracy(confusion) for confusion in pool.krr_scores(h_s.numpy(), duals.numpy(), "val")]
     best = max(range(len(scores)), key=lambda index: (scores[index], index))
     return sorted(ladder)[best]

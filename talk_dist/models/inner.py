@@ -17,6 +17,11 @@ from talk_dist.models.gnn import Student, self_loops
 from talk_dist.models.protocol import Adapters, FitResult, Select
 
 
+def diverged(loss: float, index: int) -> ConfigError:
+    """The error for a loss that is not finite in pass ``index``."""
+    return ConfigError(f"training diverged: the loss is {loss} in pass {index}; lower inner.gnn_lr or adapter_lr")
+
+
 def soft_labels(y_s: Tensor) -> Tensor:
     """Label matrix (M, C) as class probabilities: negative entries cut, rows summing to one."""
     positive = y_s.clamp_min(0.0)
@@ -112,9 +117,7 @@ def train(
             optimizer.zero_grad()
             loss = float(step(index))
             if not math.isfinite(loss):
-                raise ConfigError(
-                    f"training diverged: the loss is {loss} in pass {index}; lower inner.gnn_lr or adapter_lr"
-                )
+                raise diverged(loss, index)
             stale = 0 if loss < best_loss else stale + 1
             best_loss = min(best_loss, loss)
             last = stale >= config.patience or loss < config.target_loss or index == config.passes

@@ -13,6 +13,7 @@ from typing import Any
 
 from talk_dist.config import DistillConfig
 from talk_dist.models.shape import ModelShape
+from talk_dist.runtime.pool import SAMPLE_MINIMUM, SAMPLE_PER_NODE
 from talk_dist.runtime.shard import LIVE_BUFFERS
 from talk_dist.runtime.speed import STEP_SECONDS, Evaluation, work
 
@@ -23,7 +24,6 @@ DEEPSPEED_BYTES = 150 << 20  # what DeepSpeed and its process group add
 HEAP = 1.5  # arrays of many sizes leave holes in the heap
 HEAP_UNTRIMMED = 2.0  # more of them where nothing gives memory back in between
 MAPPED_BYTES = 32 << 20  # glibc maps larger arrays one by one: they leave no holes
-SAMPLE_MINIMUM, SAMPLE_PER_NODE = 4096, 512  # rows of a class, as in `coresets` (above this room; a test compares)
 SOLVE_BUFFERS = 10  # arrays of the size (M, M) that K_ss with gradient holds at its peak, a hop and layer
 REMEDIES = {
     "start": "lower --synthetic.size",

@@ -22,6 +22,9 @@ from talk_dist.resources import RuntimeConfig
 from talk_dist.runtime.meter import Meter
 from talk_dist.runtime.shard import LossSpec, Sample, Shard, ShardGrads, ShardSpec, StudentState
 
+SAMPLE_PER_NODE = 512  # sampled training rows of a class per synthetic node: bounds the driver's memory
+SAMPLE_MINIMUM = 4096
+
 
 @dataclass(frozen=True)
 class TrainSample:

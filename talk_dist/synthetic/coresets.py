@@ -11,10 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from talk_dist.errors import ConfigError
-from talk_dist.runtime.pool import ShardPool, TrainSample
-
-SAMPLE_PER_NODE = 512  # sampled training rows of a class per synthetic node: bounds the driver's memory
-SAMPLE_MINIMUM = 4096
+from talk_dist.runtime.pool import SAMPLE_MINIMUM, SAMPLE_PER_NODE, ShardPool, TrainSample
 
 
 def allocate(num_synthetic: int, class_counts: np.ndarray) -> np.ndarray:

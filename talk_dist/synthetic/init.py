@@ -39,11 +39,16 @@ def num_synthetic(size: float, num_nodes: int) -> int:
     return round(size * num_nodes) if size < 1 else int(size)
 
 
+def one_hot_labels(counts: np.ndarray) -> Tensor:
+    """Labels (M, C) of ``counts`` (C,) synthetic nodes, class by class."""
+    labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    return torch.nn.functional.one_hot(labels, len(counts)).float()
+
+
 def initialise(pool: ShardPool, encoder: Encoder, config: DistillConfig, report: Report) -> Start:
     """Start as `config.synthetic.init` says; the pool must hold current encodings."""
     counts = allocate(num_synthetic(config.synthetic.size, pool.tag.num_nodes), pool.tag.train_class_counts)
-    labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-    y_s = torch.nn.functional.one_hot(labels, len(counts)).float()
+    y_s = one_hot_labels(counts)
     sample = sample_for(pool, counts, config.seed)
     how = "random" if config.synthetic.init == "random" else "medoid"
     rows = select(sample, counts, how, config.seed)
