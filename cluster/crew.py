@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import SERVE, ShardActor
 from cluster.failure import Action, Event, classify, decide
@@ -43,7 +41,7 @@ class Crew:
         self.restarts = 0
         self.vitals: dict[int, dict[str, Any]] = {}
         remedy = "Lower cluster.actors, cluster.cpus, cluster.gpus or cluster.memory_gib, or add nodes"
-        self._group = reserve(allotment.bundles, "SPREAD", settings.wait_seconds, "the shards", remedy)
+        self._room = reserve(allotment.bundles, "SPREAD", settings.wait_seconds, "the shards", remedy)
         self.actors = [self._place(index) for index in range(len(allotment.parts))]
         self._await(self.actors)
 
@@ -51,7 +49,7 @@ class Crew:
         """Give the cluster its resources back."""
         for actor in self.actors:
             ray.kill(actor)
-        remove_placement_group(self._group)
+        self._room.release()
 
     def of(self, part: int) -> Any:
         """The actor that holds a part now."""
@@ -139,7 +137,7 @@ class Crew:
                 num_gpus=bundle.get("GPU", 0),
                 memory=bundle.get("memory"),
                 max_restarts=0,  # a restart by Ray would come back empty without our knowing
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
+                scheduling_strategy=self._room.strategy(index),
             )
             .remote()
         )

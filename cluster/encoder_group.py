@@ -16,8 +16,6 @@ import numpy as np
 import ray
 import torch
 from ray import exceptions
-from ray.util.placement_group import remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from cluster.borrowed import Lender, encode_over
@@ -35,6 +33,12 @@ from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
 from talk_dist.resources import DeepSpeedConfig
 
 GRACE_SECONDS = 10.0  # after one rank's error: how long the others have to end, or to be found dead
+
+
+def bundles(settings: DeepSpeedConfig) -> list[dict[str, float]]:
+    """What the workers reserve."""
+    amounts = (("CPU", settings.cpus), ("GPU", settings.gpus))
+    return [{name: amount for name, amount in amounts if amount} or {"CPU": 0.01}] * settings.workers
 
 
 class WorkerDiedError(Exception):
@@ -67,10 +71,8 @@ class EncoderGroup:
         self._threads, self._wait, self._attempts = threads, wait_seconds, attempts
         self._adapters: Adapters | None = None  # None until the first start
         self._workers: list[Any] = []
-        amounts = (("CPU", settings.cpus), ("GPU", settings.gpus))
-        bundle = {name: amount for name, amount in amounts if amount} or {"CPU": 0.01}
         remedy = "Take fewer deepspeed.workers, less deepspeed.cpus, or a larger cluster"
-        self._bundles = reserve([bundle] * settings.workers, "PACK", wait_seconds, "the encoder workers", remedy)
+        self._room = reserve(bundles(settings), "PACK", wait_seconds, "the encoder workers", remedy)
         try:
             told: Description = self._call("describe")[0]
         except BaseException:
@@ -102,7 +104,7 @@ class EncoderGroup:
     def close(self) -> None:
         """Let go of workers and resources; the group is of no use afterwards."""
         self._stop()
-        remove_placement_group(self._bundles)
+        self._room.release()
 
     # -- adapters ---------------------------------------------------------------------------------------
 
@@ -205,7 +207,6 @@ class EncoderGroup:
     def _start(self) -> list[Any]:
         """Start the workers where the bundles are, with the adapters that are current."""
         for rank in range(self.settings.workers):
-            strategy = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=rank)
             variables = {
                 "OMP_NUM_THREADS": str(self._threads),
                 "DS_ACCELERATOR": "cuda" if self.settings.gpus else "cpu",
@@ -214,7 +215,7 @@ class EncoderGroup:
             actor = ray.remote(EncoderWorker).options(
                 num_cpus=self.settings.cpus,
                 num_gpus=self.settings.gpus,
-                scheduling_strategy=strategy,
+                scheduling_strategy=self._room.strategy(rank),
                 runtime_env={"env_vars": variables},
             )
             self._workers.append(actor.remote())

@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from talk_dist.errors import CapacityError
 from talk_dist.resources import ClusterConfig, RuntimeConfig
@@ -62,13 +69,32 @@ def allot(
     return Allotment(parts, cpus, gpus, reserved, runtime.threads or max(1, math.floor(cpus)))
 
 
-def reserve(
-    bundles: Sequence[dict[str, float]], strategy: str, wait_seconds: float, what: str, remedy: str
-) -> PlacementGroup:
-    """A placement group, once it is there. Raises CapacityError, with what is missing, after ``wait_seconds``.
+@dataclass(frozen=True)
+class Room:
+    """Bundles of a placement group, from ``first`` on; ``ours`` if the group was made for them alone."""
 
-    While it waits, it says what for.
+    group: PlacementGroup
+    first: int = 0
+    ours: bool = True
+
+    def strategy(self, index: int) -> PlacementGroupSchedulingStrategy:
+        """What puts an actor into a bundle."""
+        return PlacementGroupSchedulingStrategy(self.group, self.first + index)
+
+    def release(self) -> None:
+        """Give the cluster its resources back; those of a trial, its sweep gives back."""
+        if self.ours:
+            remove_placement_group(self.group)
+
+
+def reserve(bundles: Sequence[dict[str, float]], strategy: str, wait_seconds: float, what: str, remedy: str) -> Room:
+    """Room for ``bundles``, once it is there. Raises CapacityError, with what is missing, after ``wait_seconds``.
+
+    While it waits, it says what for. A trial of a sweep has its room already.
     """
+    trial = get_current_placement_group()
+    if trial is not None:
+        return _part_of(trial, bundles, what)
     group = placement_group(list(bundles), strategy=strategy)
     started, told = time.monotonic(), -math.inf
     while not group.wait(timeout_seconds=min(2.0, wait_seconds)):
@@ -79,7 +105,20 @@ def reserve(
         if now - told >= TOLD_EVERY:
             told = now
             print(f"{shortage(bundles, what)}; waiting {wait_seconds - (now - started):.0f} s more", file=sys.stderr)
-    return group
+    return Room(group)
+
+
+def _part_of(group: PlacementGroup, bundles: Sequence[dict[str, float]], what: str) -> Room:
+    """Where ``bundles`` lie in the group of a trial, from the end: the trial's own process comes first."""
+    there = group.bundle_specs
+    for first in range(len(there) - len(bundles), -1, -1):
+        if all(_alike(ours, theirs) for ours, theirs in zip(bundles, there[first:], strict=False)):
+            return Room(group, first, ours=False)
+    raise CapacityError(f"{what} need {list(bundles)}, and what was reserved for this trial is {there}")
+
+
+def _alike(ours: dict[str, float], theirs: dict[str, float]) -> bool:
+    return ours.keys() == theirs.keys() and all(math.isclose(ours[name], theirs[name], rel_tol=1e-3) for name in ours)
 
 
 def fits(bundles: Sequence[dict[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
@@ -109,9 +148,10 @@ def shortage(bundles: Sequence[dict[str, float]], what: str) -> str:
         f"{_amount(name, free.get(name, 0))} free)"
         for name in names
     ]
-    each = " and ".join(_amount(name, bundles[0][name]) for name in names if name in bundles[0])
+    kinds = Counter(" and ".join(_amount(name, bundle[name]) for name in names if name in bundle) for bundle in bundles)
+    each = " + ".join(f"{count} × ({kind or 'nothing'})" for kind, count in kinds.items())
     nodes = len([node for node in ray.nodes() if node["Alive"]])
-    return f"no room for {what}: {len(bundles)} × ({each}) ask the cluster of {nodes} node(s) for {', '.join(parts)}"
+    return f"no room for {what}: {each} ask the cluster of {nodes} node(s) for {', '.join(parts)}"
 
 
 def _total(bundles: Sequence[dict[str, float]]) -> dict[str, float]:

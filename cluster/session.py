@@ -16,9 +16,9 @@ import ray
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.encoder_group import EncoderGroup
+from cluster.encoder_group import EncoderGroup, bundles
 from cluster.metrics import Gauges
-from cluster.placement import allot, fits, shortage
+from cluster.placement import Allotment, allot, fits, shortage
 from cluster.pool import RayPool, everywhere
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
@@ -62,7 +62,10 @@ class RaySession:
         """The language model of the driver, or the group that has it. Raises CapacityError if there is no room."""
         if not self.config.deepspeed.workers:
             return load_encoder(self.config.encoder)
-        self._refuse_if_hopeless([], "lower deepspeed.workers, deepspeed.cpus or deepspeed.gpus")
+        workers = bundles(self.config.deepspeed)
+        self.refuse_if_hopeless(
+            workers, "the encoder workers", "lower deepspeed.workers, deepspeed.cpus or deepspeed.gpus"
+        )
         group = EncoderGroup(
             self.config.encoder,
             self.config.deepspeed,
@@ -77,30 +80,30 @@ class RaySession:
 
         Raises ConfigError or DataError if a node could not work for us, CapacityError if there is no room.
         """
-        config = self.config
-        nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-        for _ in range(config.deepspeed.workers):  # they have their share already
-            richest = max(nodes, key=lambda node: node.get("CPU", 0))
-            richest["CPU"] = richest.get("CPU", 0) - config.deepspeed.cpus
-        allotment = allot(tag.num_parts, nodes, config.runtime, config.cluster, memory)
+        config, allotment = self.config, self.allotment(tag, memory)
         settings = "lower cluster.actors, cluster.cpus, cluster.gpus or cluster.memory_gib"
-        self._refuse_if_hopeless(allotment.bundles, settings)
+        self.refuse_if_hopeless([*allotment.bundles, *bundles(config.deepspeed)], "the shards", settings)
         check_nodes(tag)
         group = encoder if isinstance(encoder, EncoderGroup) else None
         pool = RayPool(tag, config.encoder, config.kernel, config.runtime, config.cluster, allotment, group)
         self.stack.callback(pool.close)
         return pool
 
-    def _refuse_if_hopeless(self, shards: list[dict[str, float]], remedy: str) -> None:
-        """Raises CapacityError at once if a Ray of our own is too small for ``shards`` beside the encoder workers."""
-        group = self.config.deepspeed
-        one = {"CPU": group.cpus, "GPU": group.gpus}
-        workers = [{name: amount for name, amount in one.items() if amount} for _ in range(group.workers)]
-        whole = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if self.own and not fits([*shards, *workers], whole):
-            missing = shortage(shards, "the shards") if shards else shortage(workers, "the encoder workers")
+    def allotment(self, tag: PreparedTag, memory: Callable[[Sequence[int]], int], runs: int = 1) -> Allotment:
+        """What the shards of ``tag`` get where ``runs`` share the cluster."""
+        nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        for node in nodes:
+            node["CPU"] = node.get("CPU", 0) // runs
+        for _ in range(self.config.deepspeed.workers):  # they have their share already
+            richest = max(nodes, key=lambda node: node["CPU"])
+            richest["CPU"] -= self.config.deepspeed.cpus
+        return allot(tag.num_parts, nodes, self.config.runtime, self.config.cluster, memory)
+
+    def refuse_if_hopeless(self, asked: Sequence[dict[str, float]], what: str, remedy: str) -> None:
+        """Raises CapacityError at once if a Ray of our own is too small for the bundles that are ``asked`` of it."""
+        if self.own and not fits(asked, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
             raise CapacityError(
-                f"{missing}. Nothing can join a Ray that was started for this run: {remedy}, or run on "
+                f"{shortage(asked, what)}. Nothing can join a Ray that was started for this run: {remedy}, or run on "
                 "a cluster (cluster.address)"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
 
 import warnings
@@ -16,6 +17,7 @@ import pytest
 import reference
 import torch
 
+from talk_dist.cli import main
 from talk_dist.config import EncoderConfig, KernelConfig
 from talk_dist.data.prepare import prepare
 from talk_dist.data.tables import from_arrow
@@ -221,3 +223,29 @@ def make_pool(tags):
         return pool
 
     return make
+
+
+@pytest.fixture
+def told(capsys):
+    """told(*arguments, code=0) -> (stdout, stderr) of the command line."""
+
+    def run(*arguments, code=0):
+        capsys.readouterr()
+        result = main([str(word) for word in arguments])
+        out, err = capsys.readouterr()
+        assert result == code, err
+        assert "Traceback" not in err
+        return out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def one_ray():
+    """Ray on this machine, for every test that needs no nodes of its own."""
+    import ray
+
+    # local: another Ray may be running on this machine
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

@@ -11,8 +11,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from talk_dist.config import DistillConfig
 from tuning.space import configured
-from tuning.study import Study
+from tuning.study import PINNED, Study
 
+FACTS = ("accuracy", "krr_accuracy", "epochs", "seconds", "seconds_with_start", "bytes", "ridge", "host_bytes")
+"""What is known of a completed trial."""
 LEAST_TRIALS = 8  # for importances: fewer say nothing
 
 
@@ -21,24 +23,29 @@ class Findings:
     """The best trial, how much each setting mattered (shares of the variance), and the Pareto front by number."""
 
     best: FrozenTrial | None
-    config: DistillConfig | None
     importances: dict[str, float]
     front: list[int]
 
 
-def findings(study: Study, base: DistillConfig) -> Findings:
+def findings(study: Study) -> Findings:
     """Raises nothing for a sweep without a complete trial: ``best`` is None."""
-    best = study.best
     done = study.trials(TrialState.COMPLETE)
-    point = dict(best.params) if best else {}
-    if best and "kernel.ridge" not in point and "ridge" in best.user_attrs:
-        point["kernel.ridge"] = best.user_attrs["ridge"]
     return Findings(
-        best,
-        configured(base, point) if best else None,
+        study.best,
         _importances(study),
         front([_objectives(t) for t in done], done),
     )
+
+
+def accuracy(trial: FrozenTrial) -> float:
+    """Validation accuracy of the trial's best student."""
+    return float(trial.user_attrs["accuracy"])
+
+
+def config_of(trial: FrozenTrial, base: DistillConfig) -> DistillConfig:
+    """What a completed trial ran with, the ridge that it chose included."""
+    pinned = trial.user_attrs.get(PINNED, {})
+    return configured(base, {**trial.params, **pinned, "kernel.ridge": trial.user_attrs["ridge"]})
 
 
 def front(objectives: Sequence[tuple[float, ...]], trials: Sequence[FrozenTrial]) -> list[int]:
@@ -51,13 +58,13 @@ def front(objectives: Sequence[tuple[float, ...]], trials: Sequence[FrozenTrial]
 
 
 def _objectives(trial: FrozenTrial) -> tuple[float, ...]:
-    return (-float(trial.values[0]), float(trial.user_attrs["seconds"]), float(trial.user_attrs["bytes"]))
+    return (-accuracy(trial), float(trial.user_attrs["seconds"]), float(trial.user_attrs["bytes"]))
 
 
 def _importances(study: Study) -> dict[str, float]:
     """By fANOVA over the completed trials; empty where there are too few, or they are all alike."""
     done = study.trials(TrialState.COMPLETE)
-    if len(done) < LEAST_TRIALS or len({trial.values[0] for trial in done}) < 2:
+    if len(done) < LEAST_TRIALS or len({accuracy(trial) for trial in done}) < 2:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -66,4 +73,4 @@ def _importances(study: Study) -> dict[str, float]:
         if not varied:
             return {}
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        return dict(evaluator.evaluate(study.raw, params=varied))
+        return dict(evaluator.evaluate(study.raw, params=varied, target=accuracy))

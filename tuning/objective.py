@@ -33,7 +33,7 @@ from talk_dist.synthetic.init import num_synthetic, one_hot_labels
 from tuning.space import Value, configured
 
 Report = Callable[[dict[str, Any]], None]
-LADDER = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+LADDER = (1e-4, 1e-3, 1e-2, 3e-2, 0.1)
 
 
 @dataclass(frozen=True)
@@ -52,34 +52,46 @@ class TrialSpec:
 
 
 class Reporter(Callback):
-    """Tells of every epoch: the best validation accuracy so far, the kernel predictor's, and the seconds."""
+    """Tells of a trial on its way. Step 0 is the kernel predictor's validation accuracy on the encodings of stage one,
+    seconds after the start; step n the student's best so far after n validations."""
 
-    def __init__(self, report: Report):
-        self.report, self.best = report, -1.0
+    def __init__(self, report: Report, best: float = 0.0):
+        self.report, self.best = report, best
+
+    def progress(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        if stage == "encodings" and done == total:
+            self.report({"step": 0, "value": metrics["krr_val"], "krr_accuracy": metrics["krr_val"]})
 
     def epoch(self, record: dict[str, Any]) -> None:
         self.best = max(self.best, record["val_accuracy"])
-        self.report({"epoch": record["epoch"], "accuracy": self.best, "krr_accuracy": record["krr_val_accuracy"]})
+        krr = record["krr_val_accuracy"]
+        self.report({"step": record["epoch"] + 1, "value": self.best, "accuracy": self.best, "krr_accuracy": krr})
 
 
 def run_trial(spec: TrialSpec, report: Report) -> dict[str, Any]:
-    """Distil, and say what came of it: accuracy, krr_accuracy, seconds, bytes, ridge. Raises what distill raises."""
+    """Distil, and say what came of it: accuracy, krr_accuracy, epochs, seconds, bytes, ridge, host_bytes.
+
+    Raises what distill raises.
+    """
     started, config, tag = time.monotonic(), spec.config, PreparedTag(spec.data)
     with place(config) as where:
         encoder = where.encoder()
+        problems = preflight.Problems()
+        preflight.check_tag(tag, config, ("val",), problems)
+        preflight.check_encoder(encoder, config.synthetic.tokens, tag, problems)
+        problems.done()
         plan = preflight.planned(tag, config, None)
-        pool = where.pool(tag, encoder, lambda parts: plan.actor(parts).host)
+        pool = where.pool(tag, encoder, lambda parts: plan.actor(parts, config.deepspeed.encode_texts).host)
         if spec.ladder and "kernel.ridge" not in spec.point:
             ridge = choose_ridge(pool, encoder, config, spec.ladder)
             config = dataclasses.replace(config, kernel=dataclasses.replace(config.kernel, ridge=ridge))
         path = storage.join(spec.folder, "checkpoint.safetensors")
-        reporter = Reporter(report)
         checkpoint = Checkpoint(path, identity(tag, encoder, config))
-        saved = checkpoint.load()
-        if saved:  # what was reported before a cut does not come again
-            reporter.best = saved.best_accuracy
-        synthetic = distill(pool, encoder, config, [reporter], checkpoint)
+        saved = checkpoint.load()  # what was reported before a cut does not come again
+        reporter = Reporter(report, max(saved.best_accuracy, 0.0) if saved else 0.0)
+        synthetic = distill(pool, encoder, config, [reporter, *where.callbacks], checkpoint)
         synthetic.save_pretrained(storage.join(spec.folder, "synthetic"))
+        host_bytes = pool.vitals().host_bytes
     history = synthetic.metrics["history"]
     seconds = synthetic.metrics["seconds"]
     return {
@@ -90,18 +102,28 @@ def run_trial(spec: TrialSpec, report: Report) -> dict[str, Any]:
         "seconds_with_start": round(time.monotonic() - started, 2),
         "bytes": synthetic.num_bytes(),
         "ridge": config.kernel.ridge,
+        "host_bytes": sum(host_bytes.values()),
     }
 
 
 def choose_ridge(pool: ShardPool, encoder: Encoder, config: DistillConfig, ladder: Sequence[float]) -> float:
-    """The ridge of the ladder with which the kernel predictor validates best from the class centres: one
-    eigendecomposition and one pass over the validation rows for all of them; the larger of two equals."""
+    """The largest ridge of the ladder with which the kernel predictor validates within a standard error of the best
+    (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3): what more it fits is chance."""
+    scores = ridge_scores(pool, encoder, config, ladder)
+    best, num_val = max(scores.values()), pool.tag.meta["split_sizes"]["val"]
+    error = (best * (1.0 - best) / num_val) ** 0.5
+    return max(ridge for ridge, score in scores.items() if score >= best - error)
+
+
+def ridge_scores(
+    pool: ShardPool, encoder: Encoder, config: DistillConfig, ladder: Sequence[float]
+) -> dict[float, float]:
+    """The kernel predictor's validation accuracy from the class centres, for every ridge of the ladder: one
+    eigendecomposition and one pass over the validation rows for all of them."""
     encoder.reset_adapters(config.seed)
     pool.encode(encoder.adapters())
     counts = allocate(num_synthetic(config.synthetic.size, pool.tag.num_nodes), pool.tag.train_class_counts)
     h_s = torch.from_numpy(class_centres(sample_for(pool, counts, config.seed), counts, config.seed))
     k_ss = synthetic_kernel(h_s.double(), config.kernel.hops, config.kernel.layers)
-    duals = ridge_path(k_ss, one_hot_labels(counts), sorted(ladder))
-    scores = [accuracy(confusion) for confusion in pool.krr_scores(h_s.numpy(), duals.numpy(), "val")]
-    best = max(range(len(scores)), key=lambda index: (scores[index], index))
-    return sorted(ladder)[best]
+    duals = ridge_path(k_ss, one_hot_labels(counts), ladder)
+    return dict(zip(ladder, map(accuracy, pool.krr_scores(h_s.numpy(), duals.numpy(), "val")), strict=True))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from tuning.findings import Findings
+from tuning.findings import Findings, accuracy
 from tuning.study import Study
 
 COLOURS = {"COMPLETE": "#1f77b4", "PRUNED": "#bbbbbb"}
@@ -18,6 +18,11 @@ COLOURS = {"COMPLETE": "#1f77b4", "PRUNED": "#bbbbbb"}
 def draw_all(study: Study, found: Findings) -> dict[str, bytes]:
     """Name -> PNG of every picture that the trials are enough for."""
     return {name: png for name, draw in PICTURES.items() if (png := _png(draw, study, found))}
+
+
+def _judged(study: Study) -> list[FrozenTrial]:
+    """The trials that trained a student at least once."""
+    return [t for t in study.trials(TrialState.COMPLETE, TrialState.PRUNED) if "accuracy" in t.user_attrs]
 
 
 def _png(draw: Callable[[Any, Study, Findings], bool], study: Study, found: Findings) -> bytes:
@@ -33,7 +38,7 @@ def _png(draw: Callable[[Any, Study, Findings], bool], study: Study, found: Find
 
 def _history(figure: Any, study: Study, found: Findings) -> bool:
     """Accuracy by trial, and the best so far."""
-    trials = [t for t in study.trials(TrialState.COMPLETE, TrialState.PRUNED) if t.values]
+    trials = _judged(study)
     if not trials:
         return False
     figure.set_size_inches(8, 4)
@@ -41,10 +46,17 @@ def _history(figure: Any, study: Study, found: Findings) -> bool:
     for state in ("PRUNED", "COMPLETE"):
         some = [t for t in trials if t.state.name == state]
         label = {"COMPLETE": "completed", "PRUNED": "stopped early"}[state]
-        axes.plot([t.number for t in some], [t.values[0] for t in some], "o", color=COLOURS[state], label=label, ms=5)
+        axes.plot(
+            [t.number for t in some],
+            [accuracy(t) for t in some],
+            "o",
+            color=COLOURS[state],
+            label=label,
+            ms=5,
+        )
     best, path = -1.0, []
     for trial in trials:
-        best = max(best, trial.values[0] if trial.state is TrialState.COMPLETE else -1.0)
+        best = max(best, accuracy(trial) if trial.state is TrialState.COMPLETE else -1.0)
         path.append((trial.number, best))
     path = [(number, value) for number, value in path if value >= 0]
     axes.step(*zip(*path, strict=True), where="post", color="#d62728", label="best so far") if path else None
@@ -79,7 +91,7 @@ def _pareto(figure: Any, study: Study, found: Findings) -> bool:
             colour = COLOURS["COMPLETE"]
             axes.plot(
                 [t.user_attrs[name] for t in some],
-                [t.values[0] for t in some],
+                [accuracy(t) for t in some],
                 "o",
                 color=colour,
                 mfc=colour if filled else "none",
@@ -93,7 +105,7 @@ def _pareto(figure: Any, study: Study, found: Findings) -> bool:
 
 def _slices(figure: Any, study: Study, found: Findings) -> bool:
     """Accuracy against every setting that varied."""
-    trials = [t for t in study.trials(TrialState.COMPLETE, TrialState.PRUNED) if t.values]
+    trials = _judged(study)
     from matplotlib.ticker import NullFormatter
 
     names = [n for n in sorted({n for t in trials for n in t.params}) if len({t.params.get(n) for t in trials}) > 1]
@@ -108,7 +120,7 @@ def _slices(figure: Any, study: Study, found: Findings) -> bool:
         values = [t.params[name] for t in some]
         few = any(isinstance(t.distributions[name], CategoricalDistribution) for t in some)
         colours = [COLOURS[t.state.name] for t in some]
-        axes.scatter([str(v) for v in values] if few else values, [t.values[0] for t in some], c=colours, s=14)
+        axes.scatter([str(v) for v in values] if few else values, [accuracy(t) for t in some], c=colours, s=14)
         axes.set_title(name)
         if few:
             axes.margins(x=0.3)

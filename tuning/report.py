@@ -17,7 +17,7 @@ import yaml
 
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
-from tuning.findings import Findings, findings
+from tuning.findings import FACTS, Findings, accuracy, config_of, findings
 from tuning.plots import draw_all
 from tuning.study import Study
 
@@ -26,11 +26,10 @@ def table(study: Study) -> pa.Table:
     """One row a trial: number, state, accuracy, what it took, its settings (as text: they differ in kind)."""
     trials = study.trials()
     names = sorted({name for trial in trials for name in trial.params})
-    facts = ["krr_accuracy", "epochs", "seconds", "seconds_with_start", "bytes", "ridge", "reason"]
+    facts = [*FACTS, "reason"]
     columns: dict[str, list[Any]] = {
         "number": [trial.number for trial in trials],
         "state": [trial.state.name.lower() for trial in trials],
-        "accuracy": [None if trial.values is None else trial.values[0] for trial in trials],
     }
     columns |= {name: [trial.user_attrs.get(name) for trial in trials] for name in facts}
     settings = {name: [trial.params.get(name) for trial in trials] for name in names}
@@ -44,13 +43,14 @@ def _column(values: list[Any]) -> list[Any]:
 
 def write(study: Study, base: DistillConfig, out: str, command: str) -> Findings:
     """Everything into the folder ``out``."""
-    found = findings(study, base)
+    found = findings(study)
     buffer = io.BytesIO()
     pq.write_table(table(study), buffer)
     storage.write_atomic(storage.join(out, "trials.parquet"), buffer.getvalue())
-    if found.config is not None:
-        text = "# " + command + "\n" + yaml.safe_dump(_plain(found.config.to_dict()), sort_keys=False)
-        storage.write_atomic(storage.join(out, "best.yaml"), text.encode())
+    chosen = {f"front/{number:05d}.yaml": study.trials()[number] for number in found.front}
+    for name, trial in (chosen | ({"best.yaml": found.best} if found.best else {})).items():
+        text = f"# {command}\n" + yaml.safe_dump(_plain(config_of(trial, base).to_dict()), sort_keys=False)
+        storage.write_atomic(storage.join(out, name), text.encode())
     pictures = draw_all(study, found)
     for name, png in pictures.items():
         storage.write_atomic(storage.join(out, f"{name}.png"), png)
@@ -80,7 +80,7 @@ def page(study: Study, found: Findings, pictures: Mapping[str, bytes], command: 
     shown = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
     head = "".join(f"<th>{html.escape(name)}</th>" for name in shown)
     body = "".join("<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in shown) + "</tr>" for row in rows)
-    best = f"{found.best.values[0]:.4f} (trial {found.best.number})" if found.best else "no trial was completed"
+    best = f"{accuracy(found.best):.4f} (trial {found.best.number})" if found.best else "no trial was completed"
     style = (
         "body{font:15px sans-serif;margin:2em;max-width:75em}td,th{padding:2px 8px;text-align:left}img{max-width:100%}"
     )

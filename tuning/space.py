@@ -43,6 +43,11 @@ class Parameter:
     def whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """Every choice, or both ends of the range."""
+        return self.choices or (self.low, self.high)
+
     def suggest(self, trial: Suggest) -> Value:
         if self.choices:
             return trial.suggest_categorical(self.key, list(self.choices))
@@ -61,6 +66,7 @@ def default_space() -> list[Parameter]:
     """Worth running as it is, frozen encoder or adapters: what moved validation accuracy on the graphs we have."""
     two_stage = {"synthetic.init": ("two-stage",)}
     adapters = {"encoder.adapters": (True,)}
+    labels = {"synthetic.learn_labels": (True,), "outer.epochs": tuple(range(1, 1000))}
     steps = {"outer.epochs": tuple(range(1, 1000))}
     return [
         Parameter("synthetic.init", choices=("two-stage", "medoid")),
@@ -68,6 +74,8 @@ def default_space() -> list[Parameter]:
         Parameter("synthetic.learn_labels", choices=(False, True)),
         Parameter("kernel.propagation", choices=("mean", "sym")),
         Parameter("kernel.hops", choices=(1, 2)),
+        Parameter("kernel.layers", choices=(1, 2)),
+        Parameter("kernel.norms", choices=("exact", "linear"), when={"kernel.hops": (2, 3)}),
         Parameter("kernel.ridge", 1e-4, 1.0, log=True),
         Parameter("outer.loss", choices=("mse", "ce")),
         Parameter("two_stage.feature_steps", 20, 200, when=two_stage),
@@ -76,6 +84,7 @@ def default_space() -> list[Parameter]:
         Parameter("two_stage.token_lr", 3e-3, 3e-2, log=True, when=two_stage),
         Parameter("outer.lr", 1e-4, 1e-2, log=True, when=steps),
         Parameter("outer.steps", 2, 16, when=steps),
+        Parameter("outer.label_lr", 1e-3, 5e-2, log=True, when=labels),
         Parameter("inner.gnn_lr", 1e-3, 3e-2, log=True),
         Parameter("inner.passes", 50, 300),
         Parameter("inner.adapter_lr", 1e-5, 1e-3, log=True, when=adapters),
@@ -191,7 +200,7 @@ def _checked(space: list[Parameter], base: DistillConfig) -> list[Parameter]:
     """The space, if the configuration takes both ends of every range and every choice."""
     problems = []
     for parameter in space:
-        for value in parameter.choices or (parameter.low, parameter.high):
+        for value in parameter.ends:
             try:
                 configured(base, {parameter.key: value})
             except (ConfigError, TypeError) as error:

@@ -1,7 +1,7 @@
 """The study behind a sweep: what was asked, what came of it, on storage, so that any process may be killed.
 
 What the next trial tries depends on the seed, its number and the finished trials alone: a sweep that goes on after
-a kill asks what it would have asked.
+a kill asks what it would have asked. Trials stop early by asynchronous successive halving (Li et al., MLSys 2020).
 """
 
 from __future__ import annotations
@@ -9,29 +9,41 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
 from tuning.space import Parameter, Value, suggest
 
-IDENTITY, REASON = "identity", "reason"
+IDENTITY, PINNED = "identity", "pinned"
+OBJECTIVES = {"accuracy": StudyDirection.MAXIMIZE, "seconds": StudyDirection.MINIMIZE, "bytes": StudyDirection.MINIMIZE}
 START_UP = 10  # trials at random before the model of the space says anything
+HALVING = 2  # at a rung, the best of so many goes on
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a study searches. ``objectives``, of `OBJECTIVES`; with several of them no trial is stopped early."""
+
+    sampler: str = "tpe"
+    seed: int = 0
+    objectives: tuple[str, ...] = ("accuracy",)
+    halving: bool = True
 
 
 class Study:
     """Ask, report, tell; every answer is on storage before the method returns."""
 
-    def __init__(self, study: optuna.Study, space: Sequence[Parameter], base: DistillConfig, sampler: str, seed: int):
-        self._study, self._space, self._base = study, list(space), base
-        self._sampler, self._seed = sampler, seed
-        self._pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    def __init__(self, study: optuna.Study, space: Sequence[Parameter], base: DistillConfig, strategy: Strategy):
+        self._study, self._space, self._base, self._strategy = study, list(space), base, strategy
         self._orphans = [trial.number for trial in self.trials(TrialState.RUNNING)]  # of a sweep that was killed
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -44,15 +56,26 @@ class Study:
         return self._study
 
     @property
+    def ended(self) -> list[FrozenTrial]:
+        """The trials that were told of, whatever came of them."""
+        return self.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+    @property
     def best(self) -> FrozenTrial | None:
+        """The completed trial of the highest accuracy, the first of equals."""
         done = self.trials(TrialState.COMPLETE)
-        return max(done, key=lambda trial: (trial.values[0], -trial.number)) if done else None
+        return max(done, key=lambda trial: (trial.user_attrs["accuracy"], -trial.number)) if done else None
 
     def enqueue(self, points: Sequence[Mapping[str, Value]]) -> None:
-        """Try these points first; nothing if the study has begun."""
-        if not self.trials():
-            for point in points:
-                self._study.enqueue_trial(dict(point))
+        """Try these points first; nothing if the study has begun. What of a point is not in the space is pinned."""
+        waiting = self.trials(TrialState.WAITING)
+        if len(waiting) < len(self.trials()):
+            return
+        searched = {parameter.key for parameter in self._space}
+        for point in points[len(waiting) :]:
+            pinned = {key: value for key, value in point.items() if key not in searched}
+            inside = {key: value for key, value in point.items() if key in searched}
+            self._study.enqueue_trial(inside, user_attrs={PINNED: pinned})
 
     def ask(self, total: int) -> tuple[int, dict[str, Value]] | None:
         """(number, point) of a trial to run: first those that were cut off, then new ones, until there are
@@ -68,21 +91,28 @@ class Study:
         return trial.number, self._point(trial)
 
     def report(self, number: int, step: int, value: float) -> bool:
-        """A trial's value after a step; True if it is not worth going on (successive halving over the steps)."""
-        trial = self._trial(number)
+        """A trial's value after a step, higher is better; True if it is not worth going on.
+
+        The rungs are step 0 and the powers of two from 2; values are compared with those of the same step alone.
+        """
+        if len(self._strategy.objectives) > 1:  # Optuna takes no values on the way of such trials
+            return False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a trial that goes on reports its last step again
-            trial.report(value, step)
-        return bool(self._pruner.prune(self._study, self._frozen(number)))
+            self._trial(number).report(value, step)
+        if not self._strategy.halving or step == 1 or step & (step - 1):
+            return False
+        peers = [trial.intermediate_values[step] for trial in self.trials() if step in trial.intermediate_values]
+        return value < sorted(peers, reverse=True)[max(1, len(peers) // HALVING) - 1]
 
-    def tell(self, number: int, value: float | None, state: str, **facts: Any) -> None:
-        """How a trial ended: `complete`, `pruned`, or `failed` with its reason among the facts."""
+    def tell(self, number: int, state: str, **facts: Any) -> None:
+        """How a trial ended: `complete` with its objectives among the facts, `pruned`, or `failed` with its reason."""
         known = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
         trial = self._trial(number)
         for name, fact in facts.items():
             trial.set_user_attr(name, fact)
-        told = value if state == "complete" else None  # of a pruned trial the last report counts
-        self._study.tell(number, told, known[state], skip_if_finished=True)
+        values = [facts[name] for name in self._strategy.objectives] if state == "complete" else None
+        self._study.tell(number, values, known[state], skip_if_finished=True)
 
     def _trial(self, number: int) -> Trial:
         return Trial(self._study, self._frozen(number)._trial_id)
@@ -91,12 +121,12 @@ class Study:
         return self._study.get_trials(deepcopy=False)[number]
 
     def _point(self, trial: Trial) -> dict[str, Value]:
-        return suggest(self._space, trial, self._base)
+        return suggest(self._space, trial, self._base) | trial.user_attrs.get(PINNED, {})
 
     def _sampler_of(self, number: int) -> optuna.samplers.BaseSampler:
         """A sampler for one trial: its draws depend on seed and number, not on what this process drew before."""
-        seed = (self._seed + 1) * 1_000_003 + number
-        if self._sampler == "random":
+        seed = (self._strategy.seed + 1) * 1_000_003 + number
+        if self._strategy.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -109,20 +139,21 @@ def open_study(
     identity: Mapping[str, Any],
     space: Sequence[Parameter],
     base: DistillConfig,
-    sampler: str = "tpe",
-    seed: int = 0,
+    strategy: Strategy | None = None,
 ) -> Study:
     """The study of that name, made if there is none. ``storage``: a journal file, or the URL of a data base.
 
     Raises ConfigError if it is a study of something else, or the storage cannot be written.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    told = json.loads(json.dumps(identity))
+    strategy = strategy or Strategy()
+    told = json.loads(json.dumps({**identity, **asdict(strategy)}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
+            directions = [OBJECTIVES[objective] for objective in strategy.objectives]
             study = optuna.create_study(
-                storage=_storage(storage), study_name=name, direction="maximize", load_if_exists=True
+                storage=_storage(storage), study_name=name, directions=directions, load_if_exists=True
             )
             saved = study.user_attrs.get(IDENTITY)
             if saved is None:
@@ -142,7 +173,7 @@ def open_study(
         raise ConfigError(
             f"study {name!r} in {storage} belongs to another sweep ({'; '.join(changed)}); choose another --name"
         )
-    return Study(study, space, base, sampler, seed)
+    return Study(study, space, base, strategy)
 
 
 def _storage(storage: str) -> BaseStorage:

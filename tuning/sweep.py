@@ -9,17 +9,31 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+# before Ray Tune is imported, which reads them then: our own lines instead of its tables, and signals are ours
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+
+import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from cluster.encoder_group import bundles as worker_bundles
+from cluster.placement import reserve
+from cluster.session import RaySession
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
+from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import TalkDistError
+from talk_dist.runtime.estimate import Plan
+from tuning.findings import FACTS
 from tuning.objective import TrialSpec, run_trial
 from tuning.space import Value
 from tuning.study import Study
@@ -30,15 +44,14 @@ RETRIES = 2  # of a trial whose process died; it goes on from its checkpoint
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """What all trials of a sweep have in common."""
+    """What all trials of a sweep have in common. ``bundles``: of a trial's own process, and of those it starts."""
 
     data: str
     out: str
     base: DistillConfig
     trials: int
     concurrent: int
-    cpus: float
-    gpus: float
+    bundles: Sequence[dict[str, float]]
     ladder: tuple[float, ...]
 
     def of(self, number: int, point: Mapping[str, Value]) -> TrialSpec:
@@ -46,20 +59,54 @@ class SweepSpec:
         return TrialSpec(self.data, folder, self.base.to_dict(), point, self.ladder)
 
 
-def run_sweep(study: Study, spec: SweepSpec, tell: Tell = print) -> None:
+def reserved(
+    session: RaySession, tag: PreparedTag, base: DistillConfig, plan: Plan, trials: int, cpus: float, gpus: float
+) -> tuple[DistillConfig, list[dict[str, float]]]:
+    """The configuration with what its actors get where so many ``trials`` share the cluster, and a trial's bundles.
+
+    ``cpus`` and ``gpus`` are of the trial's own process. Raises CapacityError if there is no room for one trial.
+    """
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    own = {"CPU": cpus, "GPU": gpus}
+    others: list[dict[str, float]] = []
+    if base.runtime.kind == "local":
+        share = float(max(1, min(max(cores), sum(cores) // trials)))
+        own |= {"CPU": cpus or share, "memory": float(plan.whole().host)}
+    else:
+        lends = base.deepspeed.encode_texts
+        allotment = session.allotment(tag, lambda parts: plan.actor(parts, lends).host, trials)
+        cluster = dataclasses.replace(
+            base.cluster,
+            actors=len(allotment.parts),
+            cpus=allotment.cpus,
+            gpus=allotment.gpus,
+            memory_gib=allotment.memory / 2**30,
+        )
+        runtime = dataclasses.replace(base.runtime, threads=allotment.threads)
+        base = dataclasses.replace(base, cluster=cluster, runtime=runtime)
+        others = [*allotment.bundles, *worker_bundles(base.deepspeed)]
+    bundles = [{name: amount for name, amount in own.items() if amount}, *others]
+    asked = [bundle for bundle in bundles if bundle]
+    remedy = "lower --cpus, --gpus, cluster.actors, cluster.cpus or deepspeed.workers"
+    session.refuse_if_hopeless(asked, "a trial", remedy)
+    reserve(asked, "PACK", base.cluster.wait_seconds, "a trial", remedy.capitalize()).release()
+    return base, bundles
+
+
+def run_sweep(study: Study, spec: SweepSpec, tell: Tell | None = None) -> None:
     """Run what is missing of ``spec.trials`` trials. Ray must be initialised. Every outcome is in the study."""
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # tables for TensorBoard of what the study holds
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    searcher = _Searcher(study, spec, tell)
+    searcher = _Searcher(study, spec, tell or partial(print, flush=True))
     with tempfile.TemporaryDirectory(prefix="talk-dist-tune-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(_trial, _resources(spec)),
+            tune.with_resources(_trial, tune.PlacementGroupFactory([dict(bundle) for bundle in spec.bundles])),
             param_space={},
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=_Scheduler(searcher),
                 num_samples=-1,  # until the searcher has no more
                 max_concurrent_trials=spec.concurrent,
+                reuse_actors=True,  # a new process takes seconds to import torch
             ),
             run_config=tune.RunConfig(
                 name="sweep",
@@ -72,22 +119,14 @@ def run_sweep(study: Study, spec: SweepSpec, tell: Tell = print) -> None:
         tuner.fit()
 
 
-def _resources(spec: SweepSpec) -> Any:
-    """A trial's own process, and what the actors that it starts reserve."""
-    bundles = [{name: value for name, value in (("CPU", spec.cpus), ("GPU", spec.gpus)) if value}]
-    if spec.base.runtime.kind == "ray":
-        cluster = spec.base.cluster
-        one = {"CPU": cluster.cpus or 1.0, "GPU": max(0.0, cluster.gpus)}
-        bundles += [{name: value for name, value in one.items() if value}] * max(1, cluster.actors)
-    return tune.PlacementGroupFactory(bundles)
-
-
 def _trial(config: dict[str, Any]) -> None:
-    """The function of a Tune trial. An error of ours is a result, with its reason: it would come again."""
+    """The function of a Tune trial. An error is a result, with its reason: it would come again."""
     spec = TrialSpec(**config["spec"])
     try:
         facts = run_trial(spec, lambda values: tune.report(values | {"done": False}))
     except TalkDistError as error:
+        facts = {"failed": str(error)}
+    except Exception as error:
         facts = {"failed": f"{type(error).__name__}: {error}"}
     tune.report(facts | {"done": True})
 
@@ -96,10 +135,11 @@ class _Searcher(Searcher):
     """Tune's view of a study."""
 
     def __init__(self, study: Study, spec: SweepSpec, tell: Tell):
-        super().__init__(metric="accuracy", mode="max")
+        super().__init__()
         self.study, self.spec, self.tell = study, spec, tell
         self.number: dict[str, int] = {}  # Tune's id of a trial -> its number in the study
-        self.pruned: dict[str, dict[str, Any]] = {}
+        self.stopped: dict[str, dict[str, Any]] = {}
+        self.ended, self.started = 0, time.monotonic()
 
     def suggest(self, trial_id: str) -> Any:
         asked = self.study.ask(self.spec.trials)
@@ -111,33 +151,47 @@ class _Searcher(Searcher):
 
     def report(self, trial_id: str, result: dict[str, Any]) -> bool:
         """A result in the middle of a trial; True if it is to stop."""
-        stop = self.study.report(self.number[trial_id], result["epoch"], result["accuracy"])
+        stop = self.study.report(self.number[trial_id], result["step"], result["value"])
         if stop:
-            self.pruned[trial_id] = result
+            self.stopped[trial_id] = result
         return stop
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        number, result = self.number.pop(trial_id), result or {}
-        if trial_id in self.pruned:
-            last = self.pruned.pop(trial_id)
-            self.study.tell(number, None, "pruned", epochs=last["epoch"], krr_accuracy=last["krr_accuracy"])
-            self.tell(f"trial {number:<4} {last['accuracy']:.4f}  stopped after epoch {last['epoch']}")
+        number, result, last = self.number.pop(trial_id), result or {}, self.stopped.pop(trial_id, None)
+        if last is not None:
+            facts = {"krr_accuracy": last["krr_accuracy"]}
+            if last["step"]:
+                facts |= {"accuracy": last["accuracy"], "epochs": last["step"] - 1}
+            self.study.tell(number, "pruned", **facts)
+            after = f"epoch {last['step'] - 1}" if last["step"] else "stage one, by the kernel predictor"
+            self._tell(number, f"{last['value']:.4f}  stopped after {after}")
         elif error or "failed" in result:
-            reason = result.get("failed", "its process died; see the logs of Ray")
-            self.study.tell(number, None, "failed", reason=reason)
-            self.tell(f"trial {number:<4} failed: {reason}")
+            reason = result.get("failed", f"its process died {RETRIES + 1} times (out of memory?); see Ray's logs")
+            self.study.tell(number, "failed", reason=reason)
+            self._tell(number, f"failed: {reason}")
         else:
-            names = ("krr_accuracy", "epochs", "seconds", "seconds_with_start", "bytes", "ridge")
-            self.study.tell(number, result["accuracy"], "complete", **{name: result[name] for name in names})
+            self.study.tell(number, "complete", **{name: result[name] for name in FACTS})
             best = self.study.best
             mark = "  best so far" if best is not None and best.number == number else ""
-            self.tell(f"trial {number:<4} {result['accuracy']:.4f}  {result['seconds']:.0f} s{mark}")
+            self._tell(number, f"{result['accuracy']:.4f}  {result['seconds']:.0f} s{mark}")
+
+    def _tell(self, number: int, outcome: str) -> None:
+        """One line a trial, and how long the rest will take if it goes on like this."""
+        self.ended += 1
+        left = self.spec.trials - len(self.study.ended)
+        rate = (time.monotonic() - self.started) / self.ended
+        rest = f"  ({left} left, about {left * rate / 60:.0f} min)" if left else ""
+        self.tell(f"trial {number:<4} {outcome}{rest}")
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is on storage."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing."""
+
+    def __reduce__(self) -> Any:
+        """Tune writes down what it was given, for a restore that is never asked for."""
+        return Searcher, ()
 
 
 class _Scheduler(FIFOScheduler):
@@ -148,6 +202,6 @@ class _Scheduler(FIFOScheduler):
         self.searcher = searcher
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result.get("epoch") is not None and not result["done"] and self.searcher.report(trial.trial_id, result):
+        if not result["done"] and self.searcher.report(trial.trial_id, result):
             return str(TrialScheduler.STOP)
         return str(TrialScheduler.CONTINUE)

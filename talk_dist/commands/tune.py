@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import yaml
 
 from talk_dist.commands import preflight
 from talk_dist.commands.call import Call
+from talk_dist.commands.folder import RunFolder
+from talk_dist.commands.place import place
 from talk_dist.commands.settings import Command, read
 from talk_dist.config import DistillConfig, preset
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import load_encoder
-from talk_dist.runtime.pool import LocalPool
+from talk_dist.runtime.callbacks import ProgressLines
+from talk_dist.runtime.estimate import Plan
 
 WORDS = "command.json"
 
@@ -44,79 +48,107 @@ class Tune:
     """Trials at once. With one, a sweep that was killed and goes on ends as if it had not been."""
     sampler: Literal["tpe", "random"] = "tpe"
     """How the next trial is chosen."""
-    ladder: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+    halving: bool = True
+    """Stop a trial early that is in the worse half at a rung: the kernel predictor's validation accuracy after stage
+    one, then the student's after 2, 4, 8, … validations."""
+    objectives: tuple[Literal["accuracy", "seconds", "bytes"], ...] = ("accuracy",)
+    """What is searched for. With several, the search spreads over their Pareto front and stops no trial early."""
+    ladder: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 0.1)
     """Ridges among which each trial chooses by itself, at no cost; empty (`[]`) searches kernel.ridge by trials."""
     storage: str = ""
     """URL of a data base for the study (sqlite:///…, postgresql://…); empty: a journal file in the sweep's folder."""
-    cpus: float = 1.0
-    """Cores of a trial."""
+    cpus: float = 0.0
+    """Cores of a trial's own process (0: an equal share of them; none with `--runtime ray`, where actors work)."""
     gpus: float = 0.0
-    """GPUs of a trial."""
+    """GPUs of a trial's own process."""
 
     def __post_init__(self) -> None:
         if self.trials < 1 or self.concurrent < 1:
             raise ConfigError(f"trials = {self.trials}, concurrent = {self.concurrent}: at least 1 of each")
+        if self.cpus < 0 or self.gpus < 0:
+            raise ConfigError(f"cpus = {self.cpus}, gpus = {self.gpus}: not negative")
+        if "accuracy" not in self.objectives or len(set(self.objectives)) < len(self.objectives):
+            raise ConfigError(f"objectives = {list(self.objectives)}: accuracy, and each once")
+        if any(ridge <= 0 for ridge in self.ladder):
+            raise ConfigError(f"ladder = {list(self.ladder)}: ridges above 0")
 
     def run(self, call: Call, config: DistillConfig) -> None:
         if self.resume:
             path = storage.join(self.out, self.resume, WORDS)
             if not storage.exists(path):
                 raise ConfigError(f"--resume {self.resume}: {path} is not there; the sweep was never started in --out")
-            options, saved, _ = read(COMMAND, storage.read_json(path))
-            options._run(Call(["tune", *storage.read_json(path)], call.stop), saved)
-            return
-        self._run(call, config)
+            words = [*storage.read_json(path), *call.arguments[1:], "--resume", ""]  # what is given now counts
+            options, saved, _ = read(COMMAND, words)
+            return options.run(Call(["tune", *words], call.stop), saved)
+        if not self.data:
+            raise ConfigError("--data: give the folder of a prepared graph; `talk-dist prepare` makes one")
+        if "://" in self.out and not self.storage:
+            raise ConfigError(f"--out {self.out}: a journal needs a local folder; give a data base with --storage")
+        folder = RunFolder(storage.join(self.out, self.name))
+        with folder.alone():
+            folder.check()
+            self._run(call, config, folder)
 
-    def _run(self, call: Call, config: DistillConfig) -> None:
+    def _run(self, call: Call, config: DistillConfig, folder: RunFolder) -> None:
         try:
+            from cluster.pool import everywhere
             from cluster.session import open_session
             from tuning import report
             from tuning.space import configured, point_of, read_space
-            from tuning.study import open_study
-            from tuning.sweep import SweepSpec, run_sweep
+            from tuning.study import Strategy, open_study
+            from tuning.sweep import SweepSpec, reserved, run_sweep
         except ModuleNotFoundError as error:
             if error.name not in ("ray", "optuna", "pandas"):
                 raise
             raise ConfigError(f'tune: {error.name} is not installed; pip install "talk-dist[tune]"') from error
-        if not self.data:
-            raise ConfigError("--data: give the folder of a prepared graph; `talk-dist prepare` makes one")
-        tag, folder = PreparedTag(self.data), storage.join(self.out, self.name)
+        tag = PreparedTag(everywhere(self.data))
         tree = {} if not self.ladder else {"kernel.ridge": None}
         space, fixed = read_space(tree | self._tree(), config)
         base = configured(config, fixed)
-        problems = preflight.Problems()
-        for hops in next((p.choices for p in space if p.key == "kernel.hops"), (base.kernel.hops,)):
-            preflight.check_tag(tag, configured(base, {"kernel.hops": hops}), ("val",), problems)
-        problems.done()
+        base = replace(base, encoder=replace(base.encoder, name=everywhere(base.encoder.name)))
+        ends = [configured(base, {parameter.key: value}) for parameter in space for value in parameter.ends]
+        self._check(tag, [base, *ends])
         settings = {name: value for name, value in base.to_dict().items() if name not in ("runtime", "cluster")}
         identity = settings | {
             "data hash": tag.meta["hash"],
-            "space": [dataclasses.asdict(parameter) for parameter in space],
-            "sampler": self.sampler,
+            "space": [asdict(parameter) for parameter in space],
             "ladder": self.ladder,
         }
-        place = self.storage or storage.join(folder, "study.journal")
-        study = open_study(place, self.name, identity, space, base, self.sampler, base.seed)
-        storage.write_atomic(storage.join(folder, WORDS), storage.to_json(call.arguments[1:]))
-        presets = [point_of(space, base), point_of(space, preset("default"))]
-        study.enqueue(presets[:1] if presets[0] == presets[1] else presets)
+        strategy = Strategy(self.sampler, base.seed, self.objectives, self.halving)
+        journal = self.storage or folder.path("study.journal")
+        study = open_study(journal, self.name, identity, space, base, strategy)
+        storage.write_atomic(folder.path(WORDS), storage.to_json(call.arguments[1:]))
         again = shlex.join(["talk-dist", "tune", "--out", self.out, "--resume", self.name])
-        call.stop.advice = lambda: f"Go on with:\n  {again}"
-        spec = SweepSpec(
-            self.data, folder, base, self.trials, self.concurrent, self.cpus, self.gpus, tuple(self.ladder)
-        )
-        with open_session(base):
-            if not base.encoder.adapters and base.runtime.kind == "local":
-                self._warm(tag, base)
-            run_sweep(study, spec)
-        found = report.write(study, base, folder, call.command)
+        call.stop.advice = lambda: f"{len(study.ended)} trials are done; go on with:\n  {again}"
+        presets = [{"kernel.ridge": start.kernel.ridge, **point_of(space, start)} for start in (base, preset())]
+        study.enqueue(presets[:1] if presets[0] == presets[1] else presets)
+        with open_session(base) as session:
+            plan = preflight.planned(tag, base, None)
+            base, bundles = reserved(session, tag, base, plan, self.concurrent, self.cpus, self.gpus)
+            if not base.encoder.adapters and base.runtime.cache:
+                _warm(tag, base, plan)
+            out = everywhere(folder.out)
+            run_sweep(study, SweepSpec(tag.path, out, base, self.trials, self.concurrent, bundles, self.ladder))
+        found = report.write(study, base, folder.out, call.command)
         if found.best is None:
-            reasons = {str(trial.user_attrs.get("reason")) for trial in study.trials()}
-            raise ConfigError("every trial failed: " + "; ".join(sorted(reasons)))
-        print(f"best        {found.best.values[0]:.4f} validation accuracy, trial {found.best.number}")
-        best = storage.join(folder, "best.yaml")
+            reasons = {str(trial.user_attrs.get("reason")) for trial in study.ended}
+            raise ConfigError(f"all {len(study.ended)} trials failed: {'; '.join(sorted(reasons))}")
+        best = folder.path("best.yaml")
+        print(f"best        {found.best.user_attrs['accuracy']:.4f} validation accuracy, trial {found.best.number}")
         print(f"settings    {best}: talk-dist distill --data {self.data} --config {best} --evaluate true")
-        print(f"report      {storage.join(folder, 'report.html')}")
+        print(f"report      {folder.path('report.html')}")
+
+    def _check(self, tag: PreparedTag, configs: Sequence[DistillConfig]) -> None:
+        """Raises one error that lists every value of the space with which the graph cannot be distilled."""
+        problems = preflight.Problems()
+        base = configs[0]
+        encoder = None if base.deepspeed.workers else problems.attempt(lambda: load_encoder(base.encoder))
+        for config in configs:
+            preflight.check_tag(tag, config, ("val",), problems)
+            if encoder is not None:
+                preflight.check_encoder(encoder, config.synthetic.tokens, tag, problems)
+        problems.errors = list({str(error): error for error in problems.errors}.values())
+        problems.done()
 
     def _tree(self) -> dict[str, Any]:
         if not self.space:
@@ -129,9 +161,12 @@ class Tune:
             raise ConfigError(f"--space {self.space}: must map settings to ranges, choices or values")
         return tree
 
-    def _warm(self, tag: PreparedTag, base: DistillConfig) -> None:
-        """A frozen encoder's encodings, once for all trials: they find them beside the graph."""
-        LocalPool(tag, load_encoder(base.encoder), base.kernel, base.runtime).encode({})
+
+def _warm(tag: PreparedTag, base: DistillConfig, plan: Plan) -> None:
+    """A frozen encoder's encodings, once for all trials: they find them beside the graph."""
+    with place(base) as where:
+        pool = where.pool(tag, where.encoder(), lambda parts: plan.actor(parts, base.deepspeed.encode_texts).host)
+        pool.encode({}, partial(ProgressLines().progress, "encode", metrics={}))
 
 
 COMMAND = Command("tune", "search good settings for a graph", Tune, distill=True)

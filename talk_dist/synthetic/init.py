@@ -18,7 +18,7 @@ from talk_dist.data.tag import TokenLists
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
 from talk_dist.models.protocol import Encoder
-from talk_dist.runtime.outer import Objective, student_accuracy
+from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
 
@@ -83,16 +83,18 @@ def optimise_encodings(
             {"params": [log_temperature], "lr": config.outer.temperature_lr},
         ]
     )
-    best, best_accuracy = (h_s.detach().clone(), log_temperature.item()), -1.0
+    best, best_accuracy, krr_accuracy = (h_s.detach().clone(), log_temperature.item()), -1.0, 0.0
     for step in range(settings.feature_steps + 1):
         if step % settings.validate_every == 0 or step == settings.feature_steps:
             student = Student(config.student, h_s.shape[1], y_s.shape[1], config.seed)
             fit_encodings(student, h_s.detach(), y_s, config.inner, seed=config.seed)
-            accuracy = student_accuracy(pool, student, "val")
-            if accuracy > best_accuracy:
-                best, best_accuracy = (h_s.detach().clone(), log_temperature.item()), accuracy
+            krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
+            val_accuracy = student_accuracy(pool, student, "val")
+            if val_accuracy > best_accuracy:
+                best, best_accuracy = (h_s.detach().clone(), log_temperature.item()), val_accuracy
         gradient = objective(h_s.detach(), y_s, log_temperature.item())
-        report("encodings", step, settings.feature_steps, {"loss": gradient.loss, "val": best_accuracy})
+        facts = {"loss": gradient.loss, "val": best_accuracy, "krr_val": krr_accuracy}
+        report("encodings", step, settings.feature_steps, facts)
         h_s.grad = gradient.d_hs.to(h_s)
         log_temperature.grad = torch.tensor(gradient.d_log_temperature, dtype=torch.float64)
         optimizer.step()

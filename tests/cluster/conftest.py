@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-
 import pytest
 import ray
 import traps
@@ -15,15 +11,6 @@ from cluster.placement import allot
 from cluster.pool import RayPool
 from talk_dist.config import KernelConfig
 from talk_dist.resources import ClusterConfig, RuntimeConfig
-
-
-@pytest.fixture(scope="session")
-def one_ray():
-    """Ray on this machine, for every test that needs no nodes of its own."""
-    # local: another Ray may be running on this machine
-    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

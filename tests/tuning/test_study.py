@@ -9,8 +9,9 @@ from optuna.trial import TrialState
 
 from talk_dist.config import preset
 from talk_dist.errors import ConfigError
+from tuning.findings import findings
 from tuning.space import default_space, point_of
-from tuning.study import open_study
+from tuning.study import Strategy, open_study
 
 BASE, SPACE = preset("quick"), default_space()
 TRIALS, EPOCHS = 20, 3
@@ -29,7 +30,7 @@ def sweep(path, sampler, chance, seed=0):
             raise Killed
 
     while True:
-        study = open_study(str(path), "s", {"data hash": "x"}, SPACE, BASE, sampler, seed=3)
+        study = open_study(str(path), "s", {"data hash": "x"}, SPACE, BASE, Strategy(sampler, seed=3))
         study.enqueue([point_of(SPACE, BASE)])
         try:
             while asked := study.ask(TRIALS):
@@ -38,11 +39,11 @@ def sweep(path, sampler, chance, seed=0):
                 worth = -((point["inner.passes"] / 100 - 1) ** 2) - 100 * (point["inner.gnn_lr"] - 0.01) ** 2
                 for epoch in range(EPOCHS):
                     if study.report(number, epoch, worth + 0.1 * epoch):
-                        study.tell(number, None, "pruned")
+                        study.tell(number, "pruned")
                         break
                     maybe()
                 else:
-                    study.tell(number, worth + 0.1 * EPOCHS, "complete", seconds=1.0)
+                    study.tell(number, "complete", accuracy=worth + 0.1 * EPOCHS, seconds=1.0)
                 maybe()
             return study, kills
         except Killed:
@@ -82,7 +83,50 @@ def test_storage_that_cannot_be_written_is_told(storage):
 def test_a_failed_trial_keeps_its_reason(tmp_path):
     study = open_study(f"sqlite:///{tmp_path}/s.db", "s", {}, SPACE, BASE)
     number, _ = study.ask(1)
-    study.tell(number, None, "failed", reason="ConfigError: no")
+    study.tell(number, "failed", reason="ConfigError: no")
     assert study.ask(1) is None
     assert study.best is None
     assert study.trials(TrialState.FAIL)[0].user_attrs["reason"] == "ConfigError: no"
+
+
+def test_a_rung_lets_the_better_half_go_on_and_other_steps_everybody(tmp_path):
+    study = open_study(str(tmp_path / "s.journal"), "s", {}, SPACE, BASE)
+    values = [0.5, 0.4, 0.6, 0.3, 0.55, 0.6]
+    for step in range(9):
+        for number, value in enumerate(values):
+            if step == 0:
+                study.ask(len(values))
+            come = sorted(values[: number + 1], reverse=True)
+            worse = value < come[max(1, len(come) // 2) - 1]
+            assert study.report(number, step, value) == (worse and step in (0, 2, 4, 8))
+
+
+def test_without_halving_nothing_is_stopped(tmp_path):
+    study = open_study(str(tmp_path / "s.journal"), "s", {}, SPACE, BASE, Strategy(halving=False))
+    for number, value in enumerate((0.5, 0.1)):
+        study.ask(2)
+        assert not study.report(number, 0, value)
+
+
+def test_several_objectives_are_searched_for_together(tmp_path):
+    path, strategy = str(tmp_path / "s.journal"), Strategy(objectives=("accuracy", "bytes"))
+    study = open_study(path, "s", {}, SPACE, BASE, strategy)
+    for accuracy, size in ((0.5, 10), (0.7, 30), (0.4, 20), (0.7, 40)):
+        number, _ = study.ask(4)
+        assert not study.report(number, 0, accuracy)
+        study.tell(number, "complete", accuracy=accuracy, bytes=size, seconds=1.0)
+    assert [trial.number for trial in study.raw.best_trials] == [0, 1]
+    assert findings(study).front == [0, 1]
+    assert study.best.number == 1
+    with pytest.raises(ConfigError, match=r"objectives: \['accuracy', 'bytes'\] there, \['accuracy'\] now"):
+        open_study(path, "s", {}, SPACE, BASE)
+
+
+def test_points_that_wait_are_tried_first_even_if_a_kill_came_between_them(tmp_path):
+    points = [point_of(SPACE, BASE) | {"kernel.layers": layers, "kernel.degree_cap": 7} for layers in (1, 2)]
+    study = open_study(str(tmp_path / "s.journal"), "s", {}, SPACE, BASE)
+    study.enqueue(points[:1])
+    study.enqueue(points)
+    assert [study.ask(3)[1] for _ in points] == points
+    study.enqueue(points)
+    assert study.ask(3)[1] not in points

@@ -10,8 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from talk_dist.cli import main
-
 WORDS = ["graph", "node", "edge", "text", "kernel", "ridge", "label", "token", "shard", "halo", "degree", "hub"]
 
 
@@ -43,18 +41,3 @@ def real_data() -> Callable[[str], Path]:
         return root / name
 
     return folder
-
-
-@pytest.fixture
-def told(capsys):
-    """told(*arguments, code=0) -> (stdout, stderr) of the command line."""
-
-    def run(*arguments, code=0):
-        capsys.readouterr()
-        result = main([str(word) for word in arguments])
-        out, err = capsys.readouterr()
-        assert result == code, err
-        assert "Traceback" not in err
-        return out, err
-
-    return run

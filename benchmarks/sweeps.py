@@ -1,0 +1,146 @@
+"""Sweeps on a real graph: killed and gone on with, and one way to search beside another.
+
+    python benchmarks/sweeps.py kills PREPARED --kills 5 --trials 20 --out benchmarks/results/sweep-kills.md
+    python benchmarks/sweeps.py search TPE_FOLDER RANDOM_FOLDER... --out benchmarks/results/sweep-search.md
+
+`kills` runs `talk-dist tune` once undisturbed and once with SIGKILLs of the driver at random times, each followed by
+`--resume`, and compares the tables of trials. `search` reads finished sweeps of as many trials each: what each found,
+and how soon it had what the last one found at last. Other settings are handed on to `talk-dist tune`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pyarrow.parquet as pq
+import rig
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+CLOCK = {"seconds", "seconds_with_start", "host_bytes"}
+TUNE = [sys.executable, "-m", "talk_dist", "tune"]
+
+
+def trials(folder: Path) -> list[dict[str, Any]]:
+    """The table of trials without what depends on the clock."""
+    rows: list[dict[str, Any]] = pq.read_table(folder / "trials.parquet").to_pylist()
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+
+
+def kills(arguments: argparse.Namespace, more: list[str]) -> None:
+    dice, log = random.Random(arguments.seed), list[list[str]]()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        start = [*TUNE, "--data", arguments.data, "--out", name, "--trials", str(arguments.trials), *more]
+        began = time.monotonic()
+        subprocess.run([*start, "--name", "whole"], check=True, stdout=subprocess.DEVNULL)
+        alone, began = time.monotonic() - began, time.monotonic()
+        print(f"undisturbed: {alone:.0f} s", flush=True)
+        command = [*start, "--name", "killed"]
+        while True:
+            driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            try:
+                wait = None if len(log) == arguments.kills else dice.uniform(0.1, 2 * alone / (arguments.kills + 1))
+                text = driver.communicate(timeout=wait)[0].decode()
+            except subprocess.TimeoutExpired:
+                driver.send_signal(signal.SIGKILL)
+                text = driver.communicate()[0].decode()
+                done = sum(line.startswith("trial ") for line in text.splitlines())
+                log.append([str(len(log) + 1), f"{time.monotonic() - began:.1f}", str(done)])
+                print("kill", *log[-1], flush=True)
+                begun = (scratch / "killed" / "command.json").exists()
+                command = [*TUNE, "--out", name, "--resume", "killed"] if begun else command
+                continue
+            if driver.returncode:
+                raise SystemExit(text)
+            break
+        whole, killed = trials(scratch / "whole"), trials(scratch / "killed")
+    wrong = [f"trial {a['number']}: {a} / {b}" for a, b in zip(whole, killed, strict=True) if a != b]
+    facts = [
+        ["graph", Path(arguments.data).name],
+        ["trials", str(len(whole))],
+        ["of these completed", str(sum(row["state"] == "complete" for row in whole))],
+        ["kills of the driver", str(len(log))],
+        ["seconds, undisturbed and killed", f"{alone:.0f} and {time.monotonic() - began:.0f}"],
+        ["trials that differ (state, settings, accuracies, epochs, ridge, bytes)", str(len(wrong))],
+    ]
+    text = "SIGKILL of the driver at random times, then `--resume`. `trials told`: lines that this start had printed."
+    table = rig.table(["kill", "second", "trials told"], log)
+    flags = f"--kills {arguments.kills} --trials {arguments.trials} --seed {arguments.seed}"
+    command_line = " ".join(["python benchmarks/sweeps.py kills", Path(arguments.data).name, flags, *more])
+    rig.report(
+        arguments.out, "A sweep killed and gone on with", [rig.table(["", " "], facts), text, table], command_line
+    )
+    if wrong or len(log) < arguments.kills:
+        raise SystemExit("\n".join(wrong) or f"only {len(log)} kills")
+
+
+def progress(folder: Path) -> list[tuple[float, float]]:
+    """(seconds since the sweep's first trial began, validation accuracy) of the completed trials, in order of time."""
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    study = optuna.load_study(study_name=None, storage=storage)
+    done = [t for t in study.trials if t.datetime_start and t.datetime_complete and "accuracy" in t.user_attrs]
+    first = min(t.datetime_start for t in done if t.datetime_start)
+    complete = [t for t in done if t.state.name == "COMPLETE"]
+    return sorted(
+        ((t.datetime_complete - first).total_seconds(), float(t.user_attrs["accuracy"]))
+        for t in complete
+        if t.datetime_complete
+    )
+
+
+def search(arguments: argparse.Namespace, more: list[str]) -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folders = [Path(folder) for folder in arguments.folders]
+    goal = max(accuracy for _, accuracy in progress(folders[-1]))
+    rows = []
+    for folder in folders:
+        path = progress(folder)
+        states = [row["state"] for row in pq.read_table(folder / "trials.parquet").to_pylist()]
+        best = max(accuracy for _, accuracy in path)
+        reached = next((seconds for seconds, accuracy in path if accuracy >= goal), None)
+        rows.append(
+            [
+                folder.name,
+                str(len(states)),
+                str(states.count("pruned")),
+                f"{best:.4f}",
+                f"{path[-1][0]:.0f}",
+                "never" if reached is None else f"{reached:.0f}",
+            ]
+        )
+    header = ["sweep", "trials", "stopped early", "best validation accuracy", "seconds", f"seconds to {goal:.4f}"]
+    text = f"{goal:.4f} is what {folders[-1].name} found at last. Seconds from the start of the first trial."
+    command_line = " ".join(["python benchmarks/sweeps.py search", *(folder.name for folder in folders)])
+    rig.report(arguments.out, "One way to search beside another", [rig.table(header, rows), text], command_line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    killing = commands.add_parser("kills")
+    killing.add_argument("data")
+    killing.add_argument("--kills", type=int, default=5)
+    killing.add_argument("--trials", type=int, default=20)
+    killing.add_argument("--seed", type=int, default=0)
+    killing.set_defaults(run=kills)
+    searching = commands.add_parser("search")
+    searching.add_argument("folders", nargs="+")
+    searching.set_defaults(run=search)
+    for command in (killing, searching):
+        command.add_argument("--out", type=Path)
+    arguments, more = parser.parse_known_args()
+    arguments.run(arguments, more)
+
+
+if __name__ == "__main__":
+    main()

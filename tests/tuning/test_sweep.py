@@ -1,0 +1,159 @@
+"""The whole of it on a real Ray: the command line, killed and gone on with, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from talk_dist.cli import main
+from tuning import sweep
+
+CLOCK = {"seconds", "seconds_with_start", "host_bytes"}
+
+
+def trials(folder):
+    """The table of the trials without what a clock says."""
+    return pq.read_table(Path(folder, "trials.parquet")).drop_columns(sorted(CLOCK)).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def whole(one_ray, tags, words, tmp_path_factory):
+    """The trials of an undisturbed sweep of six."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main(words(tags[2].path, out, trials=6, name="s")) == 0
+    return trials(out / "s")
+
+
+def test_a_sweep_leaves_what_it_says(one_ray, graph, prepare_graph, words, told, tmp_path):
+    tag, folder = prepare_graph(graph, parts=2), tmp_path / "sweep"
+    out, _ = told(*words(tag.path, tmp_path, trials=8))
+    rows = trials(folder)
+    assert [row["number"] for row in rows] == list(range(8))
+    assert {row["state"] for row in rows} == {"complete", "pruned"}
+    assert len(re.findall(r"^trial \d", out, re.MULTILINE)) == 8
+    assert "Ray" not in out  # nothing of Tune's own tables
+    done = [row for row in rows if row["state"] == "complete"]
+    best = max(done, key=lambda row: (row["accuracy"], -row["number"]))
+    assert f"best        {best['accuracy']:.4f} validation accuracy, trial {best['number']}" in out
+
+    first = rows[0]  # the settings that the sweep was started with, ridge and all
+    assert (first["state"], first["ridge"], first["synthetic.tokens"]) == ("complete", 0.1, 4)
+    assert best["accuracy"] >= first["accuracy"]
+
+    told("distill", "--data", tag.path, "--config", folder / "best.yaml", "--out", tmp_path / "again")
+    made = json.loads((tmp_path / "again" / "synthetic" / "metrics.json").read_text())
+    assert made["val_accuracy"] == best["accuracy"]  # best.yaml is the trial, to the digit
+
+    for name in ("history.png", "front.png", "slices.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 3
+    assert "http" not in re.sub(r"base64,[^']*", "", page)  # self-contained
+    fronts = {int(path.stem) for path in (folder / "front").iterdir()}
+    assert max(row["accuracy"] for row in rows if row["number"] in fronts) == best["accuracy"]
+
+
+def test_encodings_are_computed_once_for_all_sweeps(one_ray, graph, prepare_graph, words, told, tmp_path):
+    tag = prepare_graph(graph, parts=2)
+    told(*words(tag.path, tmp_path, trials=2, name="first"))
+    stamps = {path.name: path.stat().st_mtime_ns for path in Path(tag.path, "encodings").glob("*.npy")}
+    assert len(stamps) == 2  # a file a part
+    told(*words(tag.path, tmp_path, trials=4, name="second", sampler="random", halving="false"))
+    assert stamps == {path.name: path.stat().st_mtime_ns for path in Path(tag.path, "encodings").glob("*.npy")}
+    assert {row["state"] for row in trials(tmp_path / "second")} == {"complete"}
+
+
+def test_killed_at_random_and_gone_on_with(one_ray, tags, words, whole, told, tmp_path):
+    """The driver is killed with SIGKILL: what is finished stays, nothing is lost or runs twice. benchmarks/sweeps.py
+    does it five times on a real graph."""
+    command = [sys.executable, "-m", "talk_dist", *words(tags[2].path, tmp_path, trials=6, name="s")]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "s" / "trials" / "00001").exists():
+        assert driver.poll() is None
+        time.sleep(0.05)
+    time.sleep(random.Random().uniform(0.0, 2.0))
+    driver.kill()
+    driver.wait()
+    told("tune", "--out", tmp_path, "--resume", "s")
+    assert trials(tmp_path / "s") == whole
+
+
+def test_more_trials_for_a_sweep_that_was_done(one_ray, tags, words, whole, told, tmp_path):
+    told(*words(tags[2].path, tmp_path, trials=3, name="s"))
+    assert trials(tmp_path / "s") == whole[:3]
+    told("tune", "--out", tmp_path, "--resume", "s", "--trials", "6")
+    assert trials(tmp_path / "s") == whole
+
+
+def test_trials_with_actors_say_the_same(one_ray, tags, words, whole, told, tmp_path):
+    """A trial's shards live in what was reserved for it."""
+    on_ray = ["--runtime.kind", "ray", "--cluster.actors", "1", "--cluster.cpus", "1"]
+    told(*words(tags[2].path, tmp_path, *on_ray, trials=2, name="s"))
+    assert trials(tmp_path / "s") == whole[:2]
+
+
+def test_a_trial_that_fails_keeps_its_reason_and_the_sweep_goes_on(one_ray, tags, words, told, tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("two_stage.feature_lr: [0.01, 1.0e+30]\nsynthetic.init: two-stage\n")
+    out, _ = told(*words(tags[2].path, tmp_path, trials=4, name="s", sampler="random", space=space))
+    rows = trials(tmp_path / "s")
+    failed = [row for row in rows if row["state"] == "fail"]
+    assert 0 < len(failed) < 4
+    for row in failed:
+        assert row["two_stage.feature_lr"] == 1e30
+        assert "is not positive definite" in row["reason"]
+        assert f"trial {row['number']:<4} failed: {row['reason']}" in out
+
+
+def test_a_sweep_in_which_all_fail_says_why(one_ray, tags, words, told, tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("two_stage.feature_lr: 1.0e+30\nsynthetic.init: two-stage\n")
+    _, err = told(*words(tags[2].path, tmp_path, trials=2, space=space), code=2)
+    assert "talk-dist tune: all 2 trials failed: the kernel of the 6 synthetic nodes is not positive definite" in err
+
+
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_a_trial_whose_process_dies(one_ray, tags, words, whole, told, tmp_path, monkeypatch, deaths):
+    """Once: it goes on from its checkpoint. Always: it has failed, and the next one runs."""
+    for number in range(deaths):
+        (tmp_path / f"fuse-{number}").touch()
+    trial, fuses = sweep._trial, str(tmp_path)
+
+    def mortal(config):
+        from ray import tune
+
+        report = tune.report
+
+        def last_words(values):
+            report(values)
+            left = sorted(name for name in os.listdir(fuses) if name.startswith("fuse"))
+            if left and values.get("step") == 1 and config["spec"]["folder"].endswith("00001"):
+                os.unlink(os.path.join(fuses, left[0]))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        tune.report = last_words
+        try:
+            trial(config)
+        finally:
+            tune.report = report
+
+    monkeypatch.setattr(sweep, "_trial", mortal)
+    told(*words(tags[2].path, tmp_path, trials=3, name="s"))
+    assert not list(tmp_path.glob("fuse*"))
+    rows = trials(tmp_path / "s")
+    if deaths == 1:
+        assert rows == whole[:3]
+    else:
+        assert rows[1]["state"] == "fail"
+        assert "its process died 3 times" in rows[1]["reason"]
+        assert rows[2]["state"] != "fail"
