@@ -5,7 +5,8 @@ table gives mean ± standard deviation over all of them. Nothing is chosen on te
 
     python benchmarks/quality.py FOLDER --seeds 3 --out benchmarks/results/NAME.md [--section.key VALUE ...]
 
-FOLDER holds nodes.parquet and edges.parquet; `python-api` is the embedded graph.
+FOLDER holds nodes.parquet and edges.parquet; `python-api` is the embedded graph. Of a prepared graph the split stays
+as it is, and the seeds are those of the distillation alone. `--config best.yaml` takes what a sweep found.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from talk_dist import EvaluateConfig, LocalPool, TextEncoder, distill, evaluate, open_tables, prepare, preset
+import yaml
+
+from talk_dist import (
+    EvaluateConfig,
+    LocalPool,
+    PreparedTag,
+    TextEncoder,
+    distill,
+    evaluate,
+    open_tables,
+    prepare,
+    preset,
+)
 from talk_dist.commands.report import machine
 from talk_dist.config import DistillConfig, StudentConfig
 from talk_dist.data.python_api import build_python_api
@@ -61,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--preset", default="default")
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--students", type=int, default=3)
@@ -71,22 +85,30 @@ def main() -> None:
     lines, rows_by_seed, seconds = ProgressLines(), [], []
     folder = Path(arguments.data)
 
+    base, used = preset(arguments.preset), f"preset {arguments.preset}"
+    if arguments.config:
+        base, used = DistillConfig.from_dict(yaml.safe_load(arguments.config.read_text())), str(arguments.config)
+
     def source() -> Source:
         if arguments.data == "python-api":
             return from_arrow(*build_python_api())
         return open_tables(folder / "nodes.parquet", folder / "edges.parquet")
 
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        config = override(preset(arguments.preset), ["--seed", str(seed), *options])
+        config = override(base, ["--seed", str(seed), *options])
         with tempfile.TemporaryDirectory() as scratch:
-            tag = prepare(source(), f"{scratch}/prepared", split_seed=seed, use_split_column=False, name=folder.name)
+            if (folder / "META.json").exists():
+                tag = PreparedTag(str(folder))
+            else:
+                out = f"{scratch}/prepared"
+                tag = prepare(source(), out, split_seed=seed, use_split_column=False, name=folder.name)
             encoder = TextEncoder(config.encoder)
             pool = LocalPool(tag, encoder, config.kernel, config.runtime)
             started = time.monotonic()
             synthetic = distill(pool, encoder, config, [lines])
             seconds.append(time.monotonic() - started)
             settings = EvaluateConfig(
-                against=tuple(arguments.against.split(",")),
+                against=tuple(arguments.against.split(",")) if arguments.against else (),
                 seeds=arguments.students,
                 student=StudentConfig(kind=arguments.student),
             )
@@ -95,14 +117,15 @@ def main() -> None:
 
     merged = [merge(list(rows)) for rows in zip(*rows_by_seed, strict=True)]
     took = ", ".join(f"{s:.0f}" for s in seconds)
-    settings_used = " ".join([f"preset {arguments.preset}", *options])
+    settings_used = " ".join([used, *options])
     text = "\n".join(
         [
             f"# {folder.name}: {arguments.student.upper()} students, {merged[0].nodes} nodes, {settings_used}",
             "",
             table(merged),
             "",
-            f"Mean ± standard deviation over {arguments.seeds} splits and distillations × {arguments.students} "
+            f"Mean ± standard deviation over {arguments.seeds} distillations (each of a split of its own, unless the "
+            f"graph came prepared) × {arguments.students} "
             "students. KRR: the kernel predictor, no student. Retention: relative to the full set.",
             f"Seconds to distil, encoding included: {took}. Machine: {machine()}.",
             "",

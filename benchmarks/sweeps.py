@@ -1,11 +1,14 @@
 """Sweeps on a real graph: killed and gone on with, and one way to search beside another.
 
     python benchmarks/sweeps.py kills PREPARED --kills 5 --trials 20 --out benchmarks/results/sweep-kills.md
-    python benchmarks/sweeps.py search TPE_FOLDER RANDOM_FOLDER... --out benchmarks/results/sweep-search.md
+    python benchmarks/sweeps.py search TPE_FOLDER RANDOM_FOLDER --out benchmarks/results/sweep-search.md
+    python benchmarks/sweeps.py fidelity RANDOM_FOLDER PREPARED --out benchmarks/results/sweep-fidelity.md
 
 `kills` runs `talk-dist tune` once undisturbed and once with SIGKILLs of the driver at random times, each followed by
 `--resume`, and compares the tables of trials. `search` reads finished sweeps of as many trials each: what each found,
-and how soon it had what the last one found at last. Other settings are handed on to `talk-dist tune`.
+and how soon it had what the last one found at last. `fidelity` repeats stage one of the completed trials of a sweep
+without halving: how well does what is known then order the trials by what they reach at last? Other settings of `kills`
+are handed on to `talk-dist tune`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,11 @@ import pyarrow.parquet as pq
 import rig
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from scipy.stats import spearmanr
+
+from talk_dist import LocalPool, PreparedTag, TextEncoder, preset
+from talk_dist.synthetic.init import initialise
+from tuning.space import configured
 
 CLOCK = {"seconds", "seconds_with_start", "host_bytes"}
 TUNE = [sys.executable, "-m", "talk_dist", "tune"]
@@ -124,6 +132,36 @@ def search(arguments: argparse.Namespace, more: list[str]) -> None:
     rig.report(arguments.out, "One way to search beside another", [rig.table(header, rows), text], command_line)
 
 
+def fidelity(arguments: argparse.Namespace, more: list[str]) -> None:
+    folder, tag = Path(arguments.folder), PreparedTag(arguments.data)
+    encoder = TextEncoder(preset().encoder)
+    known: list[list[float]] = []
+    last: dict[str, float] = {}
+
+    def note(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        last.update(metrics)
+
+    rows = pq.read_table(folder / "trials.parquet").to_pylist()
+    for row in rows:
+        settings = {name: value for name, value in row.items() if "." in name and value is not None}
+        if row["state"] != "complete" or settings["synthetic.init"] != "two-stage":
+            continue
+        config = configured(preset(), settings | {"kernel.ridge": row["ridge"]})
+        pool = LocalPool(tag, encoder, config.kernel, config.runtime)
+        pool.encode({})
+        initialise(pool, encoder, configured(config, {"two_stage.token_steps": 0}), note)
+        known.append([last["krr_val"], last["val"], *(row[f"step {step}"] for step in (1, 2)), row["accuracy"]])
+        print(row["number"], known[-1], flush=True)
+    names = ["kernel predictor after stage one", "student after stage one", "first validation", "second validation"]
+    columns = list(zip(*known, strict=True))
+    shown = [[name, f"{spearmanr(columns[i], columns[-1]).statistic:.2f}"] for i, name in enumerate(names)]
+    text = f"Rank correlation (Spearman) with the final validation accuracy of {len(known)} trials that began in two "
+    text += "stages, drawn at random. All of them are validation accuracies."
+    blocks = [rig.table(["known", "correlation"], shown), text]
+    command_line = f"python benchmarks/sweeps.py fidelity {folder.name} {Path(arguments.data).name}"
+    rig.report(arguments.out, "What an early look is worth", blocks, command_line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -136,7 +174,11 @@ def main() -> None:
     searching = commands.add_parser("search")
     searching.add_argument("folders", nargs="+")
     searching.set_defaults(run=search)
-    for command in (killing, searching):
+    looking = commands.add_parser("fidelity")
+    looking.add_argument("folder")
+    looking.add_argument("data")
+    looking.set_defaults(run=fidelity)
+    for command in (killing, searching, looking):
         command.add_argument("--out", type=Path)
     arguments, more = parser.parse_known_args()
     arguments.run(arguments, more)

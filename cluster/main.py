@@ -14,10 +14,11 @@ from talk_dist import cli
 DEFAULT = "distill"
 ON_RAY = {
     "distill": {"runtime.kind": "ray", "cluster.address": "auto"},
-    "tune": {"runtime.kind": "ray", "cluster.address": "auto"},
+    "tune": {"cluster.address": "auto"},
     "evaluate": {"runtime": "ray", "address": "auto"},
 }
-"""What a job adds to commands that run on actors; the others read a folder and run in the job's own process."""
+"""What a job adds to commands that use the cluster: trials are spread over it, each in one process unless told
+otherwise. The others read a folder and run in the job's own process."""
 NO_COMMAND = ("-h", "--help", "--version")
 
 

@@ -6,7 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -119,16 +121,27 @@ def _connect(address: str) -> None:
     try:
         if address not in (*HERE, "auto"):
             _knock(address)
-        if address in HERE:
-            ray.init(address="local", include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
+        with _own_signals():
+            if address in HERE:
+                ray.init(address="local", include_dashboard=False, **quiet)
+            else:
+                ray.init(address=address, **quiet)
     except (ConnectionError, AuthenticationError) as error:
         raise _locked_out(address, _first_line(error)) from error
     except RuntimeError as error:
         if "ersion" not in str(error):
             raise
         raise ConfigError(f"cluster.address = {address!r}: {_first_line(error)}; install the same versions") from error
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """What SIGINT and SIGTERM do stays as it is: Ray's own handler of SIGTERM aborts the driver with a stack trace."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _knock(address: str) -> None:

@@ -52,15 +52,19 @@ class TrialSpec:
 
 
 class Reporter(Callback):
-    """Tells of a trial on its way. Step 0 is the kernel predictor's validation accuracy on the encodings of stage one,
-    seconds after the start; step n the student's best so far after n validations."""
+    """Tells of a trial on its way: the students' best validation accuracy so far.
+
+    Step 0 comes after stage one, of students on the encodings themselves, before a token is fitted; step n after n
+    validations of the synthetic set. The kernel predictor, as cheap, is told beside it and does not decide: it orders
+    trials worse (benchmarks/results/sweep-fidelity.md).
+    """
 
     def __init__(self, report: Report, best: float = 0.0):
         self.report, self.best = report, best
 
     def progress(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         if stage == "encodings" and done == total:
-            self.report({"step": 0, "value": metrics["krr_val"], "krr_accuracy": metrics["krr_val"]})
+            self.report({"step": 0, "value": metrics["val"], "krr_accuracy": metrics["krr_val"]})
 
     def epoch(self, record: dict[str, Any]) -> None:
         self.best = max(self.best, record["val_accuracy"])

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from optuna.trial import FrozenTrial
 
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
@@ -23,7 +24,7 @@ from tuning.study import Study
 
 
 def table(study: Study) -> pa.Table:
-    """One row a trial: number, state, accuracy, what it took, its settings (as text: they differ in kind)."""
+    """One row a trial: number, state, what came of it, what it reported on the way, its settings."""
     trials = study.trials()
     names = sorted({name for trial in trials for name in trial.params})
     facts = [*FACTS, "reason"]
@@ -32,6 +33,8 @@ def table(study: Study) -> pa.Table:
         "state": [trial.state.name.lower() for trial in trials],
     }
     columns |= {name: [trial.user_attrs.get(name) for trial in trials] for name in facts}
+    steps = sorted({step for trial in trials for step in trial.intermediate_values})
+    columns |= {f"step {step}": [trial.intermediate_values.get(step) for trial in trials] for step in steps}
     settings = {name: [trial.params.get(name) for trial in trials] for name in names}
     return pa.table(columns | {name: _column(values) for name, values in settings.items()})
 
@@ -47,15 +50,32 @@ def write(study: Study, base: DistillConfig, out: str, command: str) -> Findings
     buffer = io.BytesIO()
     pq.write_table(table(study), buffer)
     storage.write_atomic(storage.join(out, "trials.parquet"), buffer.getvalue())
-    chosen = {f"front/{number:05d}.yaml": study.trials()[number] for number in found.front}
-    for name, trial in (chosen | ({"best.yaml": found.best} if found.best else {})).items():
-        text = f"# {command}\n" + yaml.safe_dump(_plain(config_of(trial, base).to_dict()), sort_keys=False)
-        storage.write_atomic(storage.join(out, name), text.encode())
+    if found.best:
+        storage.write_atomic(storage.join(out, "best.yaml"), _settings(found.best, base, command))
+        with storage.publish_folder(storage.join(out, "front"), "README.md") as folder:
+            for number in found.front:
+                (folder / f"{number:05d}.yaml").write_bytes(_settings(study.trials()[number], base, command))
+            (folder / "README.md").write_text(_front(study, found))
     pictures = draw_all(study, found)
     for name, png in pictures.items():
         storage.write_atomic(storage.join(out, f"{name}.png"), png)
     storage.write_atomic(storage.join(out, "report.html"), page(study, found, pictures, command).encode())
     return found
+
+
+def _settings(trial: FrozenTrial, base: DistillConfig, command: str) -> bytes:
+    tree = _plain(config_of(trial, base).to_dict())
+    return (f"# {command}\n# trial {trial.number}\n" + yaml.safe_dump(tree, sort_keys=False)).encode()
+
+
+def _front(study: Study, found: Findings) -> str:
+    lines = ["No other trial is more accurate, faster and smaller than these.", ""]
+    lines += ["| settings | validation accuracy | seconds | bytes |", "| --- | ---: | ---: | ---: |"]
+    for number in found.front:
+        trial = study.trials()[number]
+        facts = f"{accuracy(trial):.4f} | {trial.user_attrs['seconds']:.0f} | {trial.user_attrs['bytes']:,}"
+        lines.append(f"| {number:05d}.yaml | {facts} |")
+    return "\n".join(lines) + "\n"
 
 
 def _plain(value: Any) -> Any:

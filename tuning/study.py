@@ -93,14 +93,16 @@ class Study:
     def report(self, number: int, step: int, value: float) -> bool:
         """A trial's value after a step, higher is better; True if it is not worth going on.
 
-        The rungs are step 0 and the powers of two from 2; values are compared with those of the same step alone.
+        The rungs are step 0 and the powers of two from 2; values are compared with those of the same step alone. What
+        was enqueued is never stopped: a sweep must not end below it.
         """
         if len(self._strategy.objectives) > 1:  # Optuna takes no values on the way of such trials
             return False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a trial that goes on reports its last step again
             self._trial(number).report(value, step)
-        if not self._strategy.halving or step == 1 or step & (step - 1):
+        rung = step == 0 or (step > 1 and step & (step - 1) == 0)
+        if not self._strategy.halving or not rung or PINNED in self._frozen(number).user_attrs:
             return False
         peers = [trial.intermediate_values[step] for trial in self.trials() if step in trial.intermediate_values]
         return value < sorted(peers, reverse=True)[max(1, len(peers) // HALVING) - 1]

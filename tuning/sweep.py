@@ -27,7 +27,7 @@ from ray.tune.search import Searcher
 
 from cluster.encoder_group import bundles as worker_bundles
 from cluster.placement import reserve
-from cluster.session import RaySession
+from cluster.session import RaySession, check_nodes
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
@@ -64,12 +64,15 @@ def reserved(
 ) -> tuple[DistillConfig, list[dict[str, float]]]:
     """The configuration with what its actors get where so many ``trials`` share the cluster, and a trial's bundles.
 
-    ``cpus`` and ``gpus`` are of the trial's own process. Raises CapacityError if there is no room for one trial.
+    ``cpus`` and ``gpus`` are of the trial's own process. Raises CapacityError if there is no room for one trial,
+    and DataError if a node does not see the graph.
     """
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     own = {"CPU": cpus, "GPU": gpus}
     others: list[dict[str, float]] = []
     if base.runtime.kind == "local":
+        if not session.own:
+            check_nodes(tag)  # a pool of actors does that itself
         share = float(max(1, min(max(cores), sum(cores) // trials)))
         own |= {"CPU": cpus or share, "memory": float(plan.whole().host)}
     else:
@@ -95,7 +98,7 @@ def reserved(
 
 def run_sweep(study: Study, spec: SweepSpec, tell: Tell | None = None) -> None:
     """Run what is missing of ``spec.trials`` trials. Ray must be initialised. Every outcome is in the study."""
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong, the study tells
     searcher = _Searcher(study, spec, tell or partial(print, flush=True))
     with tempfile.TemporaryDirectory(prefix="talk-dist-tune-") as scratch:
         tuner = tune.Tuner(
@@ -163,7 +166,7 @@ class _Searcher(Searcher):
             if last["step"]:
                 facts |= {"accuracy": last["accuracy"], "epochs": last["step"] - 1}
             self.study.tell(number, "pruned", **facts)
-            after = f"epoch {last['step'] - 1}" if last["step"] else "stage one, by the kernel predictor"
+            after = f"epoch {last['step'] - 1}" if last["step"] else "stage one"
             self._tell(number, f"{last['value']:.4f}  stopped after {after}")
         elif error or "failed" in result:
             reason = result.get("failed", f"its process died {RETRIES + 1} times (out of memory?); see Ray's logs")

@@ -49,8 +49,8 @@ class Tune:
     sampler: Literal["tpe", "random"] = "tpe"
     """How the next trial is chosen."""
     halving: bool = True
-    """Stop a trial early that is in the worse half at a rung: the kernel predictor's validation accuracy after stage
-    one, then the student's after 2, 4, 8, … validations."""
+    """Stop a trial early that is in the worse half at a rung: by the validation accuracy of students on the encodings
+    of stage one, then on the synthetic set after 2, 4, 8, … validations."""
     objectives: tuple[Literal["accuracy", "seconds", "bytes"], ...] = ("accuracy",)
     """What is searched for. With several, the search spreads over their Pareto front and stops no trial early."""
     ladder: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 0.1)
@@ -135,7 +135,8 @@ class Tune:
             raise ConfigError(f"all {len(study.ended)} trials failed: {'; '.join(sorted(reasons))}")
         best = folder.path("best.yaml")
         print(f"best        {found.best.user_attrs['accuracy']:.4f} validation accuracy, trial {found.best.number}")
-        print(f"settings    {best}: talk-dist distill --data {self.data} --config {best} --evaluate true")
+        words = ["--data", self.data, "--config", best, "--out", folder.path("best"), "--evaluate", "true"]
+        print(f"settings    {best}: {shlex.join(['talk-dist', 'distill', *words])}")
         print(f"report      {folder.path('report.html')}")
 
     def _check(self, tag: PreparedTag, configs: Sequence[DistillConfig]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch_geometric.data import Data
 
 import talk_dist
@@ -16,6 +18,7 @@ from cluster import submit
 from cluster.main import completed
 from talk_dist.cli import COMMANDS
 from talk_dist.commands.settings import read
+from tuning.space import read_space
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,8 +34,12 @@ JOBS = [line for line in LINES if line.startswith("python -m cluster.submit ")]
 
 
 @pytest.mark.parametrize("command", SHOWN)
-def test_commands_parse(command: str) -> None:
+def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command)
+    monkeypatch.chdir(tmp_path)
+    for file in [Path(after) for word, after in pairwise(words) if word == "--config"]:
+        file.parent.mkdir(parents=True)
+        file.write_text(yaml.safe_dump({"kernel": {"ridge": 0.01}}))
     read(COMMANDS[words[1]], words[2:])
 
 
@@ -43,6 +50,13 @@ def test_jobs_parse(command: str) -> None:
     options, rest = submit.parse(shlex.split(command)[3:])
     assert options.address
     submit.validate(completed(rest))
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_spaces_read(block: str) -> None:
+    tree = yaml.safe_load(block)
+    space, fixed = read_space(tree, talk_dist.preset())
+    assert {parameter.key for parameter in space} | fixed.keys() >= {key for key in tree if tree[key] is not None}
 
 
 def test_there_are_commands_and_the_marked_ones_exist() -> None:

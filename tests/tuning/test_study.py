@@ -101,6 +101,14 @@ def test_a_rung_lets_the_better_half_go_on_and_other_steps_everybody(tmp_path):
             assert study.report(number, step, value) == (worse and step in (0, 2, 4, 8))
 
 
+def test_what_was_enqueued_is_never_stopped(tmp_path):
+    study = open_study(str(tmp_path / "s.journal"), "s", {}, SPACE, BASE)
+    study.enqueue([point_of(SPACE, BASE)])
+    for number in (0, 1, 2):
+        assert study.ask(3)[0] == number
+    assert [study.report(number, 0, value) for number, value in ((1, 0.9), (0, 0.1), (2, 0.5))] == [False, False, True]
+
+
 def test_without_halving_nothing_is_stopped(tmp_path):
     study = open_study(str(tmp_path / "s.journal"), "s", {}, SPACE, BASE, Strategy(halving=False))
     for number, value in enumerate((0.5, 0.1)):
