@@ -113,13 +113,21 @@ def _small_set(
     progress: Callable[[str, int, int, dict[str, float]], None],
 ) -> Row:
     def train(student: Student, seed: int) -> None:
-        choose = None if encoder.adapted else lambda s: student_accuracy(pool, s, "val")
-        encoder.fit(student, tag.token_embeds, tag.labels, config.recipe, mask=tag.mask, seed=seed, select=choose)
+        train_on(tag, student, pool, encoder, config.recipe, seed)
 
     # the kernel predictor, on the encodings of an encoder that nothing has adapted
     h_s = encoder.encode_embeds(tag.token_embeds, tag.mask)
     krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
     return _scored(name, len(tag), tag.num_bytes(), krr, train, pool, encoder, config, progress)
+
+
+def train_on(
+    tag: SyntheticTAG, student: Student, pool: ShardPool, encoder: Encoder, recipe: InnerConfig, seed: int
+) -> None:
+    """Train ``student``, and the encoder's adapters if it has any, on a small set; without adapters, which would have
+    to encode the real texts each time, the pass that validates best is kept."""
+    choose = None if encoder.adapted else lambda trained: student_accuracy(pool, trained, "val")
+    encoder.fit(student, tag.token_embeds, tag.labels, recipe, mask=tag.mask, seed=seed, select=choose)
 
 
 def _full_set(

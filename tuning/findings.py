@@ -13,7 +13,17 @@ from talk_dist.config import DistillConfig
 from tuning.space import configured
 from tuning.study import PINNED, Study
 
-FACTS = ("accuracy", "krr_accuracy", "epochs", "seconds", "seconds_with_start", "bytes", "ridge", "host_bytes")
+FACTS = (
+    "accuracy",
+    "spread",
+    "krr_accuracy",
+    "epochs",
+    "seconds",
+    "seconds_with_start",
+    "bytes",
+    "ridge",
+    "host_bytes",
+)
 """What is known of a completed trial."""
 LEAST_TRIALS = 8  # for importances: fewer say nothing
 
@@ -38,7 +48,7 @@ def findings(study: Study) -> Findings:
 
 
 def accuracy(trial: FrozenTrial) -> float:
-    """Validation accuracy of the trial's best student."""
+    """Validation accuracy of the trial."""
     return float(trial.user_attrs["accuracy"])
 
 

@@ -25,7 +25,7 @@ from tuning.study import Study
 
 def table(study: Study) -> pa.Table:
     """One row a trial: number, state, what came of it, what it reported on the way, its settings."""
-    trials = study.trials()
+    trials = study.ended
     names = sorted({name for trial in trials for name in trial.params})
     facts = [*FACTS, "reason"]
     columns: dict[str, list[Any]] = {
@@ -88,7 +88,7 @@ def _plain(value: Any) -> Any:
 def page(study: Study, found: Findings, pictures: Mapping[str, bytes], command: str) -> str:
     """One self-contained HTML page."""
     counts: dict[str, int] = {}
-    for trial in study.trials():
+    for trial in study.ended:
         counts[trial.state.name.lower()] = counts.get(trial.state.name.lower(), 0) + 1
     images = "".join(
         f"<h2>{html.escape(name.capitalize())}</h2><img alt='{name}' src='data:image/png;base64,"

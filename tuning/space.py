@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
 from talk_dist.schema import unknown_key
@@ -78,14 +80,14 @@ def default_space() -> list[Parameter]:
         Parameter("kernel.norms", choices=("exact", "linear"), when={"kernel.hops": (2, 3)}),
         Parameter("kernel.ridge", 1e-4, 1.0, log=True),
         Parameter("outer.loss", choices=("mse", "ce")),
-        Parameter("two_stage.feature_steps", 20, 200, when=two_stage),
-        Parameter("two_stage.feature_lr", 2e-3, 5e-2, log=True, when=two_stage),
-        Parameter("two_stage.token_steps", 100, 400, when=two_stage),
-        Parameter("two_stage.token_lr", 3e-3, 3e-2, log=True, when=two_stage),
+        Parameter("two_stage.feature_steps", 40, 240, when=two_stage),
+        Parameter("two_stage.feature_lr", 3e-3, 3e-2, log=True, when=two_stage),
+        Parameter("two_stage.token_steps", 120, 480, when=two_stage),
+        Parameter("two_stage.token_lr", 5e-3, 2e-2, log=True, when=two_stage),
         Parameter("outer.lr", 1e-4, 1e-2, log=True, when=steps),
         Parameter("outer.steps", 2, 16, when=steps),
         Parameter("outer.label_lr", 1e-3, 5e-2, log=True, when=labels),
-        Parameter("inner.gnn_lr", 1e-3, 3e-2, log=True),
+        Parameter("inner.gnn_lr", 2e-3, 2e-2, log=True),
         Parameter("inner.passes", 50, 300),
         Parameter("inner.adapter_lr", 1e-5, 1e-3, log=True, when=adapters),
     ]
@@ -99,6 +101,39 @@ def suggest(space: list[Parameter], trial: Suggest, base: DistillConfig) -> dict
         if active(parameter, known):
             point[parameter.key] = known[parameter.key] = parameter.suggest(trial)
     return point
+
+
+@dataclass(frozen=True)
+class Nearby:
+    """Stands for an Optuna trial: most settings as in ``point``, the others drawn from their whole range."""
+
+    point: Mapping[str, Value]
+    rng: np.random.Generator
+    change: float = 0.2
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        drawn = self.rng.uniform(np.log(low), np.log(high)) if log else self.rng.uniform(low, high)
+        return self._kept(name, float(np.exp(drawn) if log else drawn))
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return self._kept(name, int(self.rng.integers(low, high + 1)))
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        return self._kept(name, choices[self.rng.integers(len(choices))])
+
+    def _kept(self, name: str, drawn: Any) -> Any:
+        changed = self.rng.random() < self.change
+        return drawn if changed else self.point.get(name, drawn)
+
+
+def nearby(
+    space: list[Parameter], base: DistillConfig, point: Mapping[str, Value], count: int, seed: int
+) -> list[dict[str, Value]]:
+    """``count`` points of the space around ``point``, each with a fifth of its settings changed.
+
+    A sweep starts with these rather than anywhere: the space is wide, and most of it is worse than a preset.
+    """
+    return [suggest(space, Nearby(point, np.random.default_rng([seed, number])), base) for number in range(count)]
 
 
 def active(parameter: Parameter, known: Mapping[str, Any]) -> bool:

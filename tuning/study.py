@@ -25,7 +25,7 @@ from tuning.space import Parameter, Value, suggest
 
 IDENTITY, PINNED = "identity", "pinned"
 OBJECTIVES = {"accuracy": StudyDirection.MAXIMIZE, "seconds": StudyDirection.MINIMIZE, "bytes": StudyDirection.MINIMIZE}
-START_UP = 10  # trials at random before the model of the space says anything
+START_UP = 10  # trials before the model of the space says anything
 HALVING = 2  # at a rung, the best of so many goes on
 
 
@@ -66,16 +66,17 @@ class Study:
         done = self.trials(TrialState.COMPLETE)
         return max(done, key=lambda trial: (trial.user_attrs["accuracy"], -trial.number)) if done else None
 
-    def enqueue(self, points: Sequence[Mapping[str, Value]]) -> None:
-        """Try these points first; nothing if the study has begun. What of a point is not in the space is pinned."""
+    def enqueue(self, starts: Sequence[Mapping[str, Value]], others: Sequence[Mapping[str, Value]] = ()) -> None:
+        """Try these points first; nothing if the study has begun. ``starts`` are never stopped early, and what is not
+        in the space is pinned to them."""
         waiting = self.trials(TrialState.WAITING)
         if len(waiting) < len(self.trials()):
             return
         searched = {parameter.key for parameter in self._space}
-        for point in points[len(waiting) :]:
-            pinned = {key: value for key, value in point.items() if key not in searched}
+        for place, point in enumerate([*starts, *others][len(waiting) :], len(waiting)):
             inside = {key: value for key, value in point.items() if key in searched}
-            self._study.enqueue_trial(inside, user_attrs={PINNED: pinned})
+            pinned = {PINNED: {key: value for key, value in point.items() if key not in searched}}
+            self._study.enqueue_trial(inside, user_attrs=pinned if place < len(starts) else {})
 
     def ask(self, total: int) -> tuple[int, dict[str, Value]] | None:
         """(number, point) of a trial to run: first those that were cut off, then new ones, until there are

@@ -53,10 +53,11 @@ class SweepSpec:
     concurrent: int
     bundles: Sequence[dict[str, float]]
     ladder: tuple[float, ...]
+    students: int
 
     def of(self, number: int, point: Mapping[str, Value]) -> TrialSpec:
         folder = storage.join(self.out, "trials", f"{number:05d}")
-        return TrialSpec(self.data, folder, self.base.to_dict(), point, self.ladder)
+        return TrialSpec(self.data, folder, self.base.to_dict(), point, self.ladder, self.students)
 
 
 def reserved(

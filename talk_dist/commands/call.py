@@ -43,3 +43,15 @@ def given(path: str, what: str) -> str:
     if not path:
         raise ConfigError(f"give the folder of {what}")
     return path
+
+
+def without(words: Sequence[str], *names: str) -> list[str]:
+    """A command line without these settings, however they are written (`--name value`, `--name=value`)."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if not (word.startswith("--") and name in names):
+            kept.append(word)
+        elif not equals:
+            next(rest, None)
+    return kept

@@ -42,12 +42,17 @@ class Here:
         return LocalPool(tag, encoder, self.config.kernel, self.config.runtime)
 
 
+def refuse_workers_here(config: DistillConfig) -> None:
+    """Raises ConfigError if the language model's workers are wanted without a cluster."""
+    if config.deepspeed.workers and config.runtime.kind == "local":
+        raise ConfigError("deepspeed.workers: the workers live on a cluster; add --runtime ray")
+
+
 @contextmanager
 def place(config: DistillConfig) -> Iterator[Place]:
     """As `runtime.kind` says. Raises ConfigError if Ray is wanted and not installed, or no cluster is there."""
+    refuse_workers_here(config)
     if config.runtime.kind == "local":
-        if config.deepspeed.workers:
-            raise ConfigError("deepspeed.workers: the workers live on a cluster; add --runtime ray")
         yield Here(config)
         return
     try:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from talk_dist.commands import preflight, report
-from talk_dist.commands.call import EMBEDDED, Call, api_name, given
+from talk_dist.commands.call import EMBEDDED, Call, api_name, given, without
 from talk_dist.commands.folder import ARTIFACT, PREPARED, RunFolder, beside
 from talk_dist.commands.place import Place, place
 from talk_dist.config import DistillConfig
@@ -89,13 +89,7 @@ class Distill:
         print(f"evaluate them: talk-dist evaluate {shlex.quote(self.out)} --data {shlex.quote(tag.path)}")
 
     def _advice(self, call: Call, checkpoint: Checkpoint) -> str:
-        words = iter(call.arguments)
-        again = ["talk-dist"]
-        for word in words:
-            if word == "--resume":
-                next(words, None)
-            elif not word.startswith("--resume="):
-                again.append(word)
+        again = ["talk-dist", *without(call.arguments, "resume")]
         try:
             saved = Checkpoint(checkpoint.path, checkpoint.identity).load()
         except (TalkDistError, OSError):  # of another run, which `--resume never` was about to replace, or out of reach

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import yaml
 
 from talk_dist.commands import preflight
-from talk_dist.commands.call import Call
+from talk_dist.commands.call import Call, without
 from talk_dist.commands.folder import RunFolder
-from talk_dist.commands.place import place
+from talk_dist.commands.place import place, refuse_workers_here
 from talk_dist.commands.settings import Command, read
 from talk_dist.config import DistillConfig, preset
 from talk_dist.data import storage
@@ -23,7 +23,7 @@ from talk_dist.models.encoder import load_encoder
 from talk_dist.runtime.callbacks import ProgressLines
 from talk_dist.runtime.estimate import Plan
 
-WORDS = "command.json"
+WORDS, SPACE = "command.json", "space.yaml"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Tune:
     """What is searched for. With several, the search spreads over their Pareto front and stops no trial early."""
     ladder: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 0.1)
     """Ridges among which each trial chooses by itself, at no cost; empty (`[]`) searches kernel.ridge by trials."""
+    students: int = 3
+    """Fresh students whose mean validation accuracy a finished trial is worth."""
     storage: str = ""
     """URL of a data base for the study (sqlite:///…, postgresql://…); empty: a journal file in the sweep's folder."""
     cpus: float = 0.0
@@ -63,8 +65,9 @@ class Tune:
     """GPUs of a trial's own process."""
 
     def __post_init__(self) -> None:
-        if self.trials < 1 or self.concurrent < 1:
-            raise ConfigError(f"trials = {self.trials}, concurrent = {self.concurrent}: at least 1 of each")
+        if min(self.trials, self.concurrent, self.students) < 1:
+            counts = f"trials = {self.trials}, concurrent = {self.concurrent}, students = {self.students}"
+            raise ConfigError(f"{counts}: at least 1 of each")
         if self.cpus < 0 or self.gpus < 0:
             raise ConfigError(f"cpus = {self.cpus}, gpus = {self.gpus}: not negative")
         if "accuracy" not in self.objectives or len(set(self.objectives)) < len(self.objectives):
@@ -77,7 +80,13 @@ class Tune:
             path = storage.join(self.out, self.resume, WORDS)
             if not storage.exists(path):
                 raise ConfigError(f"--resume {self.resume}: {path} is not there; the sweep was never started in --out")
-            words = [*storage.read_json(path), *call.arguments[1:], "--resume", ""]  # what is given now counts
+            words = [
+                *storage.read_json(path),
+                *without(call.arguments[1:], "out", "resume"),
+            ]  # what is given now counts
+            if storage.exists(kept := storage.join(self.out, self.resume, SPACE)):
+                words = [*without(words, "space"), "--space", kept]
+            words = [*without(words, "out"), "--out", self.out]
             options, saved, _ = read(COMMAND, words)
             return options.run(Call(["tune", *words], call.stop), saved)
         if not self.data:
@@ -94,8 +103,8 @@ class Tune:
             from cluster.pool import everywhere
             from cluster.session import open_session
             from tuning import report
-            from tuning.space import configured, point_of, read_space
-            from tuning.study import Strategy, open_study
+            from tuning.space import configured, nearby, point_of, read_space
+            from tuning.study import START_UP, Strategy, open_study
             from tuning.sweep import SweepSpec, reserved, run_sweep
         except ModuleNotFoundError as error:
             if error.name not in ("ray", "optuna", "pandas"):
@@ -103,9 +112,11 @@ class Tune:
             raise ConfigError(f'tune: {error.name} is not installed; pip install "talk-dist[tune]"') from error
         tag = PreparedTag(everywhere(self.data))
         tree = {} if not self.ladder else {"kernel.ridge": None}
-        space, fixed = read_space(tree | self._tree(), config)
+        own = self._tree()
+        space, fixed = read_space(tree | own, config)
         base = configured(config, fixed)
         base = replace(base, encoder=replace(base.encoder, name=everywhere(base.encoder.name)))
+        refuse_workers_here(base)
         ends = [configured(base, {parameter.key: value}) for parameter in space for value in parameter.ends]
         self._check(tag, [base, *ends])
         settings = {name: value for name, value in base.to_dict().items() if name not in ("runtime", "cluster")}
@@ -113,22 +124,28 @@ class Tune:
             "data hash": tag.meta["hash"],
             "space": [asdict(parameter) for parameter in space],
             "ladder": self.ladder,
+            "students": self.students,
         }
         strategy = Strategy(self.sampler, base.seed, self.objectives, self.halving)
         journal = self.storage or folder.path("study.journal")
         study = open_study(journal, self.name, identity, space, base, strategy)
         storage.write_atomic(folder.path(WORDS), storage.to_json(call.arguments[1:]))
+        if own:
+            storage.write_atomic(folder.path(SPACE), yaml.safe_dump(own, sort_keys=False).encode())
         again = shlex.join(["talk-dist", "tune", "--out", self.out, "--resume", self.name])
         call.stop.advice = lambda: f"{len(study.ended)} trials are done; go on with:\n  {again}"
         presets = [{"kernel.ridge": start.kernel.ridge, **point_of(space, start)} for start in (base, preset())]
-        study.enqueue(presets[:1] if presets[0] == presets[1] else presets)
+        presets = presets[:1] if presets[0] == presets[1] else presets
+        around = START_UP - len(presets) if self.sampler == "tpe" else 0
+        study.enqueue(presets, nearby(space, base, presets[0], around, base.seed))
         with open_session(base) as session:
             plan = preflight.planned(tag, base, None)
-            base, bundles = reserved(session, tag, base, plan, self.concurrent, self.cpus, self.gpus)
+            placed, bundles = reserved(session, tag, base, plan, self.concurrent, self.cpus, self.gpus)
             if not base.encoder.adapters and base.runtime.cache:
-                _warm(tag, base, plan)
+                _warm(tag, placed, plan)
             out = everywhere(folder.out)
-            run_sweep(study, SweepSpec(tag.path, out, base, self.trials, self.concurrent, bundles, self.ladder))
+            spec = SweepSpec(tag.path, out, placed, self.trials, self.concurrent, bundles, self.ladder, self.students)
+            run_sweep(study, spec)
         found = report.write(study, base, folder.out, call.command)
         if found.best is None:
             reasons = {str(trial.user_attrs.get("reason")) for trial in study.ended}

@@ -52,12 +52,16 @@ def test_a_space_whose_every_point_fails(refused):
 
 
 def test_options_that_cannot_work(refused):
-    assert "trials = 0, concurrent = 1: at least 1 of each" in refused(trials=0)
+    assert "trials = 0, concurrent = 1, students = 3: at least 1 of each" in refused(trials=0)
     assert "objectives = ['bytes']: accuracy, and each once" in refused(objectives="[bytes]")
     assert "ladder = [0.0]: ridges above 0" in refused(ladder="[0]")
     assert "--out s3://bucket/x: a journal needs a local folder; give a data base with --storage" in refused(
         out="s3://bucket/x"
     )
+
+
+def test_workers_without_a_cluster(refused):
+    assert "deepspeed.workers: the workers live on a cluster; add --runtime ray" in refused(**{"deepspeed.workers": 2})
 
 
 def test_a_folder_that_cannot_be_written(refused, tmp_path):

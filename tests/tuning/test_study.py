@@ -131,10 +131,10 @@ def test_several_objectives_are_searched_for_together(tmp_path):
 
 
 def test_points_that_wait_are_tried_first_even_if_a_kill_came_between_them(tmp_path):
-    points = [point_of(SPACE, BASE) | {"kernel.layers": layers, "kernel.degree_cap": 7} for layers in (1, 2)]
+    points = [point_of(SPACE, BASE) | {"kernel.layers": layers} for layers in (1, 2)]
     study = open_study(str(tmp_path / "s.journal"), "s", {}, SPACE, BASE)
     study.enqueue(points[:1])
-    study.enqueue(points)
+    study.enqueue(points[:1], points[1:])
     assert [study.ask(3)[1] for _ in points] == points
     study.enqueue(points)
     assert study.ask(3)[1] not in points
