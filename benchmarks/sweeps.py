@@ -3,12 +3,13 @@
     python benchmarks/sweeps.py kills PREPARED --kills 5 --trials 20 --out benchmarks/results/sweep-kills.md
     python benchmarks/sweeps.py search TPE_FOLDER RANDOM_FOLDER --out benchmarks/results/sweep-search.md
     python benchmarks/sweeps.py fidelity RANDOM_FOLDER PREPARED --out benchmarks/results/sweep-fidelity.md
+    python benchmarks/sweeps.py memory PREPARED --trials 60 --out benchmarks/results/sweep-memory.md
 
 `kills` runs `talk-dist tune` once undisturbed and once with SIGKILLs of the driver at random times, each followed by
 `--resume`, and compares the tables of trials. `search` reads finished sweeps of as many trials each: what each found,
 and how soon it had what the last one found at last. `fidelity` repeats stage one of the completed trials of a sweep
-without halving: how well does what is known then order the trials by what they reach at last? Other settings of `kills`
-are handed on to `talk-dist tune`.
+without halving: how well does what is known then order the trials by what they reach at last? `memory` watches the
+processes of a sweep. Other settings of `kills` and `memory` are handed on to `talk-dist tune`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
+import psutil
 import pyarrow.parquet as pq
 import rig
 from optuna.storages import JournalStorage
@@ -90,6 +93,34 @@ def kills(arguments: argparse.Namespace, more: list[str]) -> None:
     )
     if wrong or len(log) < arguments.kills:
         raise SystemExit("\n".join(wrong) or f"only {len(log)} kills")
+
+
+def memory(arguments: argparse.Namespace, more: list[str]) -> None:
+    """Resident memory of the driver and of the process of the trials, at the end of each trial."""
+    with tempfile.TemporaryDirectory() as name:
+        command = [*TUNE, "--data", arguments.data, "--out", name, "--trials", str(arguments.trials), *more]
+        driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert driver.stdout is not None
+        seen: list[tuple[int, int]] = []
+        for line in driver.stdout:
+            if line.startswith("trial "):
+                time.sleep(0.3)  # what the trial held has been given back
+                family = psutil.Process(driver.pid).children(recursive=True)
+                runners = [p for p in family if p.cmdline() and p.cmdline()[0].startswith("ray::Implicit")]
+                held = sum(p.memory_info().rss for p in runners)
+                seen.append((psutil.Process(driver.pid).memory_info().rss, held))
+        if driver.wait():
+            raise SystemExit(driver.returncode)
+    seen = seen[:-1]  # the last trial ends with its process
+    tenths = range(0, len(seen), max(1, len(seen) // 10))
+    rows = [[str(i + 1), f"{seen[i][0] / 2**20:.0f}", f"{seen[i][1] / 2**20:.0f}"] for i in tenths]
+    later = seen[len(seen) // 4 :]
+    slopes = [float(np.polyfit(range(len(later)), [s[i] for s in later], 1)[0]) / 2**20 for i in (0, 1)]
+    text = "After the first quarter, by least squares: "
+    text += f"{slopes[0]:+.2f} MiB a trial in the driver, {slopes[1]:+.2f} in the trials' process."
+    command_line = " ".join(["python benchmarks/sweeps.py memory", Path(arguments.data).name, *more])
+    blocks = [rig.table(["trial", "driver, MiB", "trials' process, MiB"], rows), text]
+    rig.report(arguments.out, f"Memory over {len(seen)} trials", blocks, command_line)
 
 
 def progress(folder: Path) -> list[tuple[float, float]]:
@@ -178,7 +209,11 @@ def main() -> None:
     looking.add_argument("folder")
     looking.add_argument("data")
     looking.set_defaults(run=fidelity)
-    for command in (killing, searching, looking):
+    growing = commands.add_parser("memory")
+    growing.add_argument("data")
+    growing.add_argument("--trials", type=int, default=60)
+    growing.set_defaults(run=memory)
+    for command in (killing, searching, looking, growing):
         command.add_argument("--out", type=Path)
     arguments, more = parser.parse_known_args()
     arguments.run(arguments, more)

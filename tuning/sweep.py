@@ -6,6 +6,7 @@ Tune keeps nothing that matters: a sweep that goes on is a new Tune run on the s
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import tempfile
@@ -32,6 +33,7 @@ from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import TalkDistError
+from talk_dist.models.device import give_back_memory
 from talk_dist.runtime.estimate import Plan
 from tuning.findings import FACTS
 from tuning.objective import TrialSpec, run_trial
@@ -132,6 +134,9 @@ def _trial(config: dict[str, Any]) -> None:
         facts = {"failed": str(error)}
     except Exception as error:
         facts = {"failed": f"{type(error).__name__}: {error}"}
+    finally:  # of a trial that is stopped too: the next one has this process
+        gc.collect()
+        give_back_memory()
     tune.report(facts | {"done": True})
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from cluster import placement
 from cluster.placement import allot, fits, reserve
 from talk_dist.errors import CapacityError
 from talk_dist.resources import ClusterConfig, RuntimeConfig
@@ -49,6 +51,19 @@ def test_who_waits_is_told_at_once_what_for(one_ray, capsys):
         reserve([{"GPU": 1.0}], "SPREAD", 3.0, "the shards", "Add nodes")
     first = capsys.readouterr().err.splitlines()[0]
     assert "ask the cluster of 1 node(s) for 1 GPU (it has 0 GPU, 0 GPU free); waiting 1 s more" in first
+
+
+def test_a_trial_takes_of_what_its_sweep_reserved(monkeypatch):
+    own, shard, worker = {"CPU": 1.0}, {"CPU": 2.0, "memory": 1e9}, {"CPU": 1.0}
+    group = SimpleNamespace(bundle_specs=[own, shard, shard, worker, worker])
+    monkeypatch.setattr(placement, "get_current_placement_group", lambda: group)
+    monkeypatch.setattr(placement, "remove_placement_group", None)  # it is not the trial's to give back
+    for asked, first in (([shard] * 2, 1), ([worker] * 2, 3), ([{"CPU": 2.0, "memory": 1.0001e9}], 2)):
+        room = reserve(asked, "SPREAD", 1.0, "the shards", "Add nodes")
+        assert (room.group, room.first) == (group, first)
+        room.release()
+    with pytest.raises(CapacityError, match=r"the shards need .* what was reserved for this trial is"):
+        reserve([shard] * 3, "SPREAD", 1.0, "the shards", "Add nodes")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_encodings_are_computed_once_for_all_sweeps(one_ray, graph, prepare_grap
     told(*words(tag.path, tmp_path, trials=2, name="first"))
     stamps = {path.name: path.stat().st_mtime_ns for path in Path(tag.path, "encodings").glob("*.npy")}
     assert len(stamps) == 2  # a file a part
-    told(*words(tag.path, tmp_path, trials=4, name="second", sampler="random", halving="false"))
+    told(*words(tag.path, tmp_path, trials=4, name="second", concurrent=2, objectives="[accuracy, bytes]"))
     assert stamps == {path.name: path.stat().st_mtime_ns for path in Path(tag.path, "encodings").glob("*.npy")}
     assert {row["state"] for row in trials(tmp_path / "second")} == {"complete"}
 
