@@ -31,13 +31,14 @@ import pyarrow.parquet as pq
 import rig
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
 from scipy.stats import spearmanr
 
 from talk_dist import LocalPool, PreparedTag, TextEncoder, preset
 from talk_dist.synthetic.init import initialise
 from tuning.space import configured
 
-CLOCK = {"seconds", "seconds_with_start", "host_bytes"}
+CLOCK = {"seconds", "seconds_with_start", "cpu_seconds", "host_bytes"}
 TUNE = [sys.executable, "-m", "talk_dist", "tune"]
 
 
@@ -123,22 +124,24 @@ def memory(arguments: argparse.Namespace, more: list[str]) -> None:
     rig.report(arguments.out, f"Memory over {len(seen)} trials", blocks, command_line)
 
 
-def progress(folder: Path) -> list[tuple[float, float]]:
-    """(seconds since the sweep's first trial began, validation accuracy) of the completed trials, in order of time."""
+def studied(folder: Path) -> list[FrozenTrial]:
     storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
-    study = optuna.load_study(study_name=None, storage=storage)
-    done = [t for t in study.trials if t.datetime_start and t.datetime_complete and "accuracy" in t.user_attrs]
-    first = min(t.datetime_start for t in done if t.datetime_start)
-    complete = [t for t in done if t.state.name == "COMPLETE"]
-    return sorted(
-        ((t.datetime_complete - first).total_seconds(), float(t.user_attrs["accuracy"]))
-        for t in complete
-        if t.datetime_complete
-    )
+    return optuna.load_study(study_name=None, storage=storage).trials
+
+
+def progress(folder: Path) -> list[tuple[float, float]]:
+    """(CPU seconds of all trials so far, validation accuracy) of the completed trials, in the order they ended."""
+    ended = [trial for trial in studied(folder) if trial.datetime_complete]
+    ended.sort(key=lambda trial: str(trial.datetime_complete))
+    spent, path = 0.0, []
+    for trial in ended:
+        spent += float(trial.user_attrs.get("cpu_seconds", 0.0))
+        if trial.state.name == "COMPLETE":
+            path.append((spent, float(trial.user_attrs["accuracy"])))
+    return path
 
 
 def search(arguments: argparse.Namespace, more: list[str]) -> None:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     folders = [Path(folder) for folder in arguments.folders]
     goal = max(accuracy for _, accuracy in progress(folders[-1]))
     rows = []
@@ -157,8 +160,16 @@ def search(arguments: argparse.Namespace, more: list[str]) -> None:
                 "never" if reached is None else f"{reached:.0f}",
             ]
         )
-    header = ["sweep", "trials", "stopped early", "best validation accuracy", "seconds", f"seconds to {goal:.4f}"]
-    text = f"{goal:.4f} is what {folders[-1].name} found at last. Seconds from the start of the first trial."
+    header = [
+        "sweep",
+        "trials",
+        "stopped early",
+        "best validation accuracy",
+        "CPU s",
+        f"CPU s to {goal:.4f}",
+    ]
+    text = f"{goal:.4f} is what {folders[-1].name} found at last. CPU seconds of the trials' process: they do "
+    text += "not depend on what else the machine did."
     command_line = " ".join(["python benchmarks/sweeps.py search", *(folder.name for folder in folders)])
     rig.report(arguments.out, "One way to search beside another", [rig.table(header, rows), text], command_line)
 
@@ -172,22 +183,22 @@ def fidelity(arguments: argparse.Namespace, more: list[str]) -> None:
     def note(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         last.update(metrics)
 
-    rows = pq.read_table(folder / "trials.parquet").to_pylist()
-    for row in rows:
-        settings = {name: value for name, value in row.items() if "." in name and value is not None}
-        if row["state"] != "complete" or settings["synthetic.init"] != "two-stage":
+    for trial in studied(folder):
+        if trial.state.name != "COMPLETE" or trial.params["synthetic.init"] != "two-stage":
             continue
-        config = configured(preset(), settings | {"kernel.ridge": row["ridge"]})
+        settings = {**trial.params, "kernel.ridge": trial.user_attrs["ridge"], "two_stage.token_steps": 0}
+        config = configured(preset(), settings)
         pool = LocalPool(tag, encoder, config.kernel, config.runtime)
         pool.encode({})
-        initialise(pool, encoder, configured(config, {"two_stage.token_steps": 0}), note)
-        known.append([last["krr_val"], last["val"], *(row[f"step {step}"] for step in (1, 2)), row["accuracy"]])
-        print(row["number"], known[-1], flush=True)
-    names = ["kernel predictor after stage one", "student after stage one", "first validation", "second validation"]
+        initialise(pool, encoder, config, note)
+        validations = [trial.intermediate_values[step] for step in (1, 2)]
+        known.append([last["krr_val"], last["val"], *validations, float(trial.user_attrs["accuracy"])])
+        print(trial.number, known[-1], flush=True)
+    names = ["kernel predictor after stage one", "students after stage one", "first validation", "second validation"]
     columns = list(zip(*known, strict=True))
     shown = [[name, f"{spearmanr(columns[i], columns[-1]).statistic:.2f}"] for i, name in enumerate(names)]
     text = f"Rank correlation (Spearman) with the final validation accuracy of {len(known)} trials that began in two "
-    text += "stages, drawn at random. All of them are validation accuracies."
+    text += "stages, drawn at random, none stopped early. All of them are validation accuracies."
     blocks = [rig.table(["known", "correlation"], shown), text]
     command_line = f"python benchmarks/sweeps.py fidelity {folder.name} {Path(arguments.data).name}"
     rig.report(arguments.out, "What an early look is worth", blocks, command_line)
@@ -216,6 +227,7 @@ def main() -> None:
     for command in (killing, searching, looking, growing):
         command.add_argument("--out", type=Path)
     arguments, more = parser.parse_known_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     arguments.run(arguments, more)
 
 

@@ -20,6 +20,7 @@ FACTS = (
     "epochs",
     "seconds",
     "seconds_with_start",
+    "cpu_seconds",
     "bytes",
     "ridge",
     "host_bytes",
@@ -71,16 +72,30 @@ def _objectives(trial: FrozenTrial) -> tuple[float, ...]:
     return (-accuracy(trial), float(trial.user_attrs["seconds"]), float(trial.user_attrs["bytes"]))
 
 
+def judged(study: Study) -> list[FrozenTrial]:
+    """The trials that validated a student at least once, stopped early or not."""
+    ended = study.trials(TrialState.COMPLETE, TrialState.PRUNED)
+    return [trial for trial in ended if trial.user_attrs.get("accuracy") is not None]
+
+
 def _importances(study: Study) -> dict[str, float]:
-    """By fANOVA over the completed trials; empty where there are too few, or they are all alike."""
-    done = study.trials(TrialState.COMPLETE)
-    if len(done) < LEAST_TRIALS or len({accuracy(trial) for trial in done}) < 2:
+    """By fANOVA over the judged trials: of the best one's settings, those that most trials had; empty where the trials
+    are too few, or all alike."""
+    best, everyone = study.best, judged(study)
+    if best is None:
+        return {}
+    names = [name for name in sorted(best.params) if 2 * sum(name in t.params for t in everyone) > len(everyone)]
+    trials = [trial for trial in everyone if all(name in trial.params for name in names)]
+    varied = [name for name in names if len({trial.params[name] for trial in trials}) > 1]
+    if not varied or len(trials) < LEAST_TRIALS or len({accuracy(trial) for trial in trials}) < 2:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        shared = set.intersection(*(set(trial.params) for trial in done))
-        varied = [name for name in sorted(shared) if len({trial.params[name] for trial in done}) > 1]
-        if not varied:
-            return {}
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        return dict(evaluator.evaluate(study.raw, params=varied, target=accuracy))
+        alike = optuna.create_study(direction="maximize")  # Optuna looks at completed trials alone
+        for trial in trials:
+            params = {name: trial.params[name] for name in names}
+            distributions = {name: trial.distributions[name] for name in names}
+            made = optuna.trial.create_trial(params=params, distributions=distributions, value=accuracy(trial))
+            alike.add_trial(made)
+        shares = optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(alike, params=varied)
+    return {name: float(share) for name, share in shares.items()}

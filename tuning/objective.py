@@ -65,20 +65,27 @@ class Reporter(Callback):
     """
 
     def __init__(self, report: Report, best: float = 0.0):
-        self.report, self.best = report, best
+        self.report, self.best, self.started = report, best, time.process_time()
 
     def progress(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         if stage == "encodings" and done == total:
-            self.report({"step": 0, "value": metrics["val"], "krr_accuracy": metrics["krr_val"]})
+            self._tell(0, metrics["val"], metrics["krr_val"])
 
     def epoch(self, record: dict[str, Any]) -> None:
         self.best = max(self.best, record["val_accuracy"])
-        krr = record["krr_val_accuracy"]
-        self.report({"step": record["epoch"] + 1, "value": self.best, "accuracy": self.best, "krr_accuracy": krr})
+        self._tell(record["epoch"] + 1, self.best, record["krr_val_accuracy"])
+
+    def _tell(self, step: int, accuracy: float, krr_accuracy: float) -> None:
+        facts = {"accuracy": accuracy, "krr_accuracy": krr_accuracy, "cpu_seconds": self.cpu_seconds()}
+        self.report({"step": step, **facts})
+
+    def cpu_seconds(self) -> float:
+        """Of this process since the trial began: what a busy machine does not change."""
+        return round(time.process_time() - self.started, 2)
 
 
 def run_trial(spec: TrialSpec, report: Report) -> dict[str, Any]:
-    """Distil, and say what came of it: accuracy, spread, krr_accuracy, epochs, seconds, bytes, ridge, host_bytes.
+    """Distil, and say what came of it: `findings.FACTS`.
 
     ``accuracy`` is the mean validation accuracy of fresh students, trained as `evaluate` trains them: the inner loop's
     own are chosen among so many that the best of them flatters the trial. Raises what distill raises.
@@ -112,6 +119,7 @@ def run_trial(spec: TrialSpec, report: Report) -> dict[str, Any]:
         "epochs": len(history) - 1,
         "seconds": round(seconds["start"] + seconds["epochs"], 2),
         "seconds_with_start": round(time.monotonic() - started, 2),
+        "cpu_seconds": reporter.cpu_seconds(),
         "bytes": synthetic.num_bytes(),
         "ridge": config.kernel.ridge,
         "host_bytes": sum(host_bytes.values()),

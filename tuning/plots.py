@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from tuning.findings import Findings, accuracy
+from tuning.findings import Findings, accuracy, judged
 from tuning.study import Study
 
 COLOURS = {"COMPLETE": "#1f77b4", "PRUNED": "#bbbbbb"}
@@ -18,11 +18,6 @@ COLOURS = {"COMPLETE": "#1f77b4", "PRUNED": "#bbbbbb"}
 def draw_all(study: Study, found: Findings) -> dict[str, bytes]:
     """Name -> PNG of every picture that the trials are enough for."""
     return {name: png for name, draw in PICTURES.items() if (png := _png(draw, study, found))}
-
-
-def _judged(study: Study) -> list[FrozenTrial]:
-    """The trials that trained a student at least once."""
-    return [t for t in study.trials(TrialState.COMPLETE, TrialState.PRUNED) if "accuracy" in t.user_attrs]
 
 
 def _png(draw: Callable[[Any, Study, Findings], bool], study: Study, found: Findings) -> bytes:
@@ -38,7 +33,7 @@ def _png(draw: Callable[[Any, Study, Findings], bool], study: Study, found: Find
 
 def _history(figure: Any, study: Study, found: Findings) -> bool:
     """Accuracy by trial, and the best so far."""
-    trials = _judged(study)
+    trials = judged(study)
     if not trials:
         return False
     figure.set_size_inches(8, 4)
@@ -73,7 +68,7 @@ def _importance(figure: Any, study: Study, found: Findings) -> bool:
     figure.set_size_inches(8, 0.35 * len(names) + 1)
     axes = figure.subplots()
     axes.barh(names, [found.importances[name] for name in names], color=COLOURS["COMPLETE"])
-    axes.set(xlabel="share of the variance of validation accuracy (fANOVA, completed trials)")
+    axes.set(xlabel="share of the variance of validation accuracy (fANOVA)")
     return True
 
 
@@ -84,13 +79,13 @@ def _pareto(figure: Any, study: Study, found: Findings) -> bool:
         return False
     figure.set_size_inches(10, 4)
     for axes, name, words in zip(
-        figure.subplots(1, 2, sharey=True), ("seconds", "bytes"), ("seconds of distillation", "bytes"), strict=True
+        figure.subplots(1, 2, sharey=True), ("seconds", "bytes"), ("seconds of distillation", "kB"), strict=True
     ):
         for filled in (False, True):
             some = [t for t in done if (t.number in found.front) == filled]
             colour = COLOURS["COMPLETE"]
             axes.plot(
-                [t.user_attrs[name] for t in some],
+                [t.user_attrs[name] / (1000 if name == "bytes" else 1) for t in some],
                 [accuracy(t) for t in some],
                 "o",
                 color=colour,
@@ -98,6 +93,7 @@ def _pareto(figure: Any, study: Study, found: Findings) -> bool:
                 label="on the front" if filled else "beaten",
             )
         axes.set(xlabel=words, ylabel="validation accuracy" if name == "seconds" else "")
+        axes.locator_params(axis="x", nbins=5)
         axes.label_outer()
     axes.legend(frameon=False)
     return True
@@ -105,7 +101,7 @@ def _pareto(figure: Any, study: Study, found: Findings) -> bool:
 
 def _slices(figure: Any, study: Study, found: Findings) -> bool:
     """Accuracy against every setting that varied."""
-    trials = _judged(study)
+    trials = judged(study)
     from matplotlib.ticker import NullFormatter
 
     names = [n for n in sorted({n for t in trials for n in t.params}) if len({t.params.get(n) for t in trials}) > 1]
@@ -127,6 +123,8 @@ def _slices(figure: Any, study: Study, found: Findings) -> bool:
         elif min(values) > 0 and max(values) / min(values) > 10:
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.locator_params(axis="x", nbins=4)
     for axes in panels:  # those left over
         axes.axis("off")
     return True

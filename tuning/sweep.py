@@ -160,7 +160,7 @@ class _Searcher(Searcher):
 
     def report(self, trial_id: str, result: dict[str, Any]) -> bool:
         """A result in the middle of a trial; True if it is to stop."""
-        stop = self.study.report(self.number[trial_id], result["step"], result["value"])
+        stop = self.study.report(self.number[trial_id], result["step"], result["accuracy"])
         if stop:
             self.stopped[trial_id] = result
         return stop
@@ -168,12 +168,12 @@ class _Searcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number, result, last = self.number.pop(trial_id), result or {}, self.stopped.pop(trial_id, None)
         if last is not None:
-            facts = {"krr_accuracy": last["krr_accuracy"]}
-            if last["step"]:
+            facts = {name: last[name] for name in ("krr_accuracy", "cpu_seconds")}
+            if last["step"]:  # else there was no synthetic set yet
                 facts |= {"accuracy": last["accuracy"], "epochs": last["step"] - 1}
             self.study.tell(number, "pruned", **facts)
             after = f"epoch {last['step'] - 1}" if last["step"] else "stage one"
-            self._tell(number, f"{last['value']:.4f}  stopped after {after}")
+            self._tell(number, f"{last['accuracy']:.4f}  stopped after {after}")
         elif error or "failed" in result:
             reason = result.get("failed", f"its process died {RETRIES + 1} times (out of memory?); see Ray's logs")
             self.study.tell(number, "failed", reason=reason)

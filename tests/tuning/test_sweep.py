@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from talk_dist.cli import main
 from tuning import sweep
 
-CLOCK = {"seconds", "seconds_with_start", "host_bytes"}
+CLOCK = {"seconds", "seconds_with_start", "cpu_seconds", "host_bytes"}
 
 
 def trials(folder):
