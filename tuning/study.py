@@ -87,7 +87,8 @@ class Study:
         asked = [trial for trial in self.trials() if trial.state is not TrialState.WAITING]
         if len(asked) >= total:
             return None
-        self._study.sampler = self._sampler_of(len(asked))
+        if not self.trials(TrialState.WAITING):
+            self._study.enqueue_trial(self._drawn(len(asked)))
         trial = self._study.ask()
         return trial.number, self._point(trial)
 
@@ -125,6 +126,12 @@ class Study:
 
     def _point(self, trial: Trial) -> dict[str, Value]:
         return suggest(self._space, trial, self._base) | trial.user_attrs.get(PINNED, {})
+
+    def _drawn(self, number: int) -> dict[str, Value]:
+        """A new point, drawn on a copy in memory and stored in one go: a kill half way through it loses nothing."""
+        copy = optuna.create_study(directions=self._study.directions, sampler=self._sampler_of(number))
+        copy.add_trials(self.ended)
+        return suggest(self._space, copy.ask(), self._base)
 
     def _sampler_of(self, number: int) -> optuna.samplers.BaseSampler:
         """A sampler for one trial: its draws depend on seed and number, not on what this process drew before."""

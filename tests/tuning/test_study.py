@@ -9,8 +9,9 @@ from optuna.trial import TrialState
 
 from talk_dist.config import preset
 from talk_dist.errors import ConfigError
+from tuning import study as study_module
 from tuning.findings import findings
-from tuning.space import default_space, point_of
+from tuning.space import default_space, point_of, suggest
 from tuning.study import Strategy, open_study
 
 BASE, SPACE = preset("quick"), default_space()
@@ -21,14 +22,30 @@ class Killed(Exception):
     pass
 
 
-def sweep(path, sampler, chance, seed=0):
+class Mortal:
+    """Asks an Optuna trial, if nothing kills it before."""
+
+    def __init__(self, trial, maybe):
+        self.trial, self.maybe = trial, maybe
+
+    def __getattr__(self, name):
+        self.maybe(0.1)
+        return getattr(self.trial, name)
+
+
+def sweep(path, sampler, chance, monkeypatch, seed=0):
     """Run to the end, killed with ``chance`` at every step of every trial; the trials, and the number of kills."""
     dice, kills = random.Random(seed), 0
 
-    def maybe():
-        if dice.random() < chance:
+    def maybe(share=1.0):
+        if dice.random() < chance * share:
             raise Killed
 
+    def mortal(space, trial, base):
+        """A kill may come between two settings of a point as well."""
+        return suggest(space, Mortal(trial, maybe), base)
+
+    monkeypatch.setattr(study_module, "suggest", mortal)
     while True:
         study = open_study(str(path), "s", {"data hash": "x"}, SPACE, BASE, Strategy(sampler, seed=3))
         study.enqueue([point_of(SPACE, BASE)])
@@ -55,9 +72,9 @@ def outcome(study):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_kills_change_nothing(tmp_path, sampler):
-    whole, none = sweep(tmp_path / "whole.journal", sampler, 0.0)
-    broken, kills = sweep(tmp_path / "broken.journal", sampler, 0.15)
+def test_kills_change_nothing(tmp_path, monkeypatch, sampler):
+    whole, none = sweep(tmp_path / "whole.journal", sampler, 0.0, monkeypatch)
+    broken, kills = sweep(tmp_path / "broken.journal", sampler, 0.15, monkeypatch)
     assert none == 0
     assert kills >= 5
     assert outcome(broken) == outcome(whole)
