@@ -40,7 +40,7 @@ class Findings:
 
 def findings(study: Study) -> Findings:
     """Raises nothing for a sweep without a complete trial: ``best`` is None."""
-    done = study.trials(TrialState.COMPLETE)
+    done = [trial for trial in study.searched if trial.state is TrialState.COMPLETE]
     return Findings(
         study.best,
         _importances(study),
@@ -74,8 +74,8 @@ def _objectives(trial: FrozenTrial) -> tuple[float, ...]:
 
 def judged(study: Study) -> list[FrozenTrial]:
     """The trials that validated a student at least once, stopped early or not."""
-    ended = study.trials(TrialState.COMPLETE, TrialState.PRUNED)
-    return [trial for trial in ended if trial.user_attrs.get("accuracy") is not None]
+    kept = (TrialState.COMPLETE, TrialState.PRUNED)
+    return [t for t in study.searched if t.state in kept and t.user_attrs.get("accuracy") is not None]
 
 
 def _importances(study: Study) -> dict[str, float]:

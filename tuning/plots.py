@@ -74,7 +74,7 @@ def _importance(figure: Any, study: Study, found: Findings) -> bool:
 
 def _pareto(figure: Any, study: Study, found: Findings) -> bool:
     """Accuracy against seconds and bytes; the trials that nothing beats in all three are filled."""
-    done = study.trials(TrialState.COMPLETE)
+    done = [trial for trial in judged(study) if trial.state is TrialState.COMPLETE]
     if not done:
         return False
     figure.set_size_inches(10, 4)

@@ -20,14 +20,14 @@ from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from tuning.findings import FACTS, Findings, accuracy, config_of, findings
 from tuning.plots import draw_all
-from tuning.study import Study
+from tuning.study import CONFIRMS, Study
 
 
 def table(study: Study) -> pa.Table:
     """One row a trial: number, state, what came of it, what it reported on the way, its settings."""
     trials = study.ended
     names = sorted({name for trial in trials for name in trial.params})
-    facts = [*FACTS, "reason"]
+    facts = [*FACTS, CONFIRMS, "reason"]
     columns: dict[str, list[Any]] = {
         "number": [trial.number for trial in trials],
         "state": [trial.state.name.lower() for trial in trials],
@@ -78,6 +78,19 @@ def _front(study: Study, found: Findings) -> str:
     return "\n".join(lines) + "\n"
 
 
+def words(study: Study, trial: FrozenTrial) -> str:
+    """What a trial is worth, beside the first, in words."""
+    text = f"{accuracy(trial):.4f} (trial {trial.number})"
+    for number in (trial.number, 0):
+        values = study.repeats(number)
+        if values:
+            who = "from other seeds" if number == trial.number else "the first trial"
+            text += f", {who} {sum(values) / len(values):.4f}"
+        if trial.number == 0:
+            break
+    return text
+
+
 def _plain(value: Any) -> Any:
     """Tuples as lists, for YAML."""
     if isinstance(value, Mapping):
@@ -100,7 +113,7 @@ def page(study: Study, found: Findings, pictures: Mapping[str, bytes], command: 
     shown = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
     head = "".join(f"<th>{html.escape(name)}</th>" for name in shown)
     body = "".join("<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in shown) + "</tr>" for row in rows)
-    best = f"{accuracy(found.best):.4f} (trial {found.best.number})" if found.best else "no trial was completed"
+    best = words(study, found.best) if found.best else "no trial was completed"
     style = (
         "body{font:15px sans-serif;margin:2em;max-width:75em}td,th{padding:2px 8px;text-align:left}img{max-width:100%}"
     )

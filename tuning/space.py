@@ -105,7 +105,10 @@ def suggest(space: list[Parameter], trial: Suggest, base: DistillConfig) -> dict
 
 @dataclass(frozen=True)
 class Nearby:
-    """Stands for an Optuna trial: most settings as in ``point``, the others drawn from their whole range."""
+    """Stands for an Optuna trial: most settings as in ``point``, the others drawn from their whole range.
+
+    A sweep starts with such points rather than anywhere: the space is wide, and most of it is worse than a preset.
+    """
 
     point: Mapping[str, Value]
     rng: np.random.Generator
@@ -124,16 +127,6 @@ class Nearby:
     def _kept(self, name: str, drawn: Any) -> Any:
         changed = self.rng.random() < self.change
         return drawn if changed else self.point.get(name, drawn)
-
-
-def nearby(
-    space: list[Parameter], base: DistillConfig, point: Mapping[str, Value], count: int, seed: int
-) -> list[dict[str, Value]]:
-    """``count`` points of the space around ``point``, each with a fifth of its settings changed.
-
-    A sweep starts with these rather than anywhere: the space is wide, and most of it is worse than a preset.
-    """
-    return [suggest(space, Nearby(point, np.random.default_rng([seed, number])), base) for number in range(count)]
 
 
 def active(parameter: Parameter, known: Mapping[str, Any]) -> bool:

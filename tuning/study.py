@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -21,12 +22,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
-from tuning.space import Parameter, Value, suggest
+from tuning.space import Nearby, Parameter, Value, suggest
 
-IDENTITY, PINNED = "identity", "pinned"
+IDENTITY, PINNED, CONFIRMS = "identity", "pinned", "confirms"
 OBJECTIVES = {"accuracy": StudyDirection.MAXIMIZE, "seconds": StudyDirection.MINIMIZE, "bytes": StudyDirection.MINIMIZE}
 START_UP = 10  # trials before the model of the space says anything
 HALVING = 2  # at a rung, the best of so many goes on
+OTHER_SEEDS = 2  # from which the best trials are repeated
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Study:
 
     def __init__(self, study: optuna.Study, space: Sequence[Parameter], base: DistillConfig, strategy: Strategy):
         self._study, self._space, self._base, self._strategy = study, list(space), base, strategy
+        self._near: Mapping[str, Value] = {}
         self._orphans = [trial.number for trial in self.trials(TrialState.RUNNING)]  # of a sweep that was killed
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -61,33 +64,70 @@ class Study:
         return self.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
     @property
-    def best(self) -> FrozenTrial | None:
-        """The completed trial of the highest accuracy, the first of equals."""
-        done = self.trials(TrialState.COMPLETE)
-        return max(done, key=lambda trial: (trial.user_attrs["accuracy"], -trial.number)) if done else None
+    def searched(self) -> list[FrozenTrial]:
+        """The ended trials but for those that repeat others."""
+        return [trial for trial in self.ended if CONFIRMS not in trial.user_attrs]
 
-    def enqueue(self, starts: Sequence[Mapping[str, Value]], others: Sequence[Mapping[str, Value]] = ()) -> None:
-        """Try these points first; nothing if the study has begun. ``starts`` are never stopped early, and what is not
-        in the space is pinned to them."""
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The completed trial of the highest accuracy, the first of equals: in repetitions, if there are any, because
+        the highest of many numbers flatters."""
+        done = [trial for trial in self.searched if trial.state is TrialState.COMPLETE]
+        repeated = [trial for trial in done if self.repeats(trial.number)]
+
+        def worth(trial: FrozenTrial) -> tuple[float, int]:
+            values = self.repeats(trial.number) or [trial.user_attrs["accuracy"]]
+            return sum(values) / len(values), -trial.number
+
+        return max(repeated or done, key=worth, default=None)
+
+    def repeats(self, number: int) -> list[float]:
+        """Accuracies of the trial's repetitions from other seeds; empty unless all of them were completed."""
+        mine = [t for t in self.trials(TrialState.COMPLETE) if t.user_attrs.get(CONFIRMS) == number]
+        return [float(t.user_attrs["accuracy"]) for t in mine] if len(mine) == OTHER_SEEDS else []
+
+    @property
+    def repetitions_left(self) -> int:
+        """Repetitions that wait, or were cut off."""
+        unfinished = self.trials(TrialState.WAITING, TrialState.RUNNING)
+        return sum(CONFIRMS in trial.user_attrs for trial in unfinished)
+
+    def confirm(self, count: int) -> None:
+        """Repeat the ``count`` best completed trials, and the first, from other seeds: they are asked next."""
+        done = [trial for trial in self.searched if trial.state is TrialState.COMPLETE]
+        best = sorted(done, key=lambda trial: (-trial.user_attrs["accuracy"], trial.number))[:count]
+        begun = {(t.user_attrs.get(CONFIRMS), t.user_attrs.get(PINNED, {}).get("seed")) for t in self.trials()}
+        for trial in [*(t for t in done if t.number == 0 and t not in best), *best]:
+            for seed in range(self._base.seed + 1, self._base.seed + 1 + OTHER_SEEDS):
+                if (trial.number, seed) not in begun:
+                    pinned = trial.user_attrs.get(PINNED, {})
+                    pinned |= {"kernel.ridge": trial.user_attrs["ridge"], "seed": seed}
+                    self._study.enqueue_trial(trial.params, user_attrs={PINNED: pinned, CONFIRMS: trial.number})
+
+    def enqueue(self, starts: Sequence[Mapping[str, Value]]) -> None:
+        """Try these points first; nothing if the study has begun. They are never stopped early, and what is not in the
+        space is pinned to them. The search begins around the first."""
+        self._near = starts[0]
         waiting = self.trials(TrialState.WAITING)
         if len(waiting) < len(self.trials()):
             return
         searched = {parameter.key for parameter in self._space}
-        for place, point in enumerate([*starts, *others][len(waiting) :], len(waiting)):
+        for point in starts[len(waiting) :]:
             inside = {key: value for key, value in point.items() if key in searched}
-            pinned = {PINNED: {key: value for key, value in point.items() if key not in searched}}
-            self._study.enqueue_trial(inside, user_attrs=pinned if place < len(starts) else {})
+            pinned = {key: value for key, value in point.items() if key not in searched}
+            self._study.enqueue_trial(inside, user_attrs={PINNED: pinned})
 
     def ask(self, total: int) -> tuple[int, dict[str, Value]] | None:
-        """(number, point) of a trial to run: first those that were cut off, then new ones, until there are
-        ``total``; None if there are."""
+        """(number, point) of a trial to run: first those that were cut off, then those that wait, then new ones, until
+        there are ``total`` beside the repetitions; None if there are."""
         if self._orphans:
             number = self._orphans.pop(0)
             return number, self._point(self._trial(number))
-        asked = [trial for trial in self.trials() if trial.state is not TrialState.WAITING]
-        if len(asked) >= total:
+        waiting = self.trials(TrialState.WAITING)
+        asked = [t for t in self.trials() if t.state is not TrialState.WAITING and CONFIRMS not in t.user_attrs]
+        if len(asked) >= total and not any(CONFIRMS in trial.user_attrs for trial in waiting):
             return None
-        if not self.trials(TrialState.WAITING):
+        if not waiting:
             self._study.enqueue_trial(self._drawn(len(asked)))
         trial = self._study.ask()
         return trial.number, self._point(trial)
@@ -129,8 +169,11 @@ class Study:
 
     def _drawn(self, number: int) -> dict[str, Value]:
         """A new point, drawn on a copy in memory and stored in one go: a kill half way through it loses nothing."""
+        if self._near and self._strategy.sampler == "tpe" and number < START_UP:
+            rng = np.random.default_rng([self._strategy.seed, number])
+            return suggest(self._space, Nearby(self._near, rng), self._base)
         copy = optuna.create_study(directions=self._study.directions, sampler=self._sampler_of(number))
-        copy.add_trials(self.ended)
+        copy.add_trials(self.searched)
         return suggest(self._space, copy.ask(), self._base)
 
     def _sampler_of(self, number: int) -> optuna.samplers.BaseSampler:

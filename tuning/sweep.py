@@ -38,7 +38,7 @@ from talk_dist.runtime.estimate import Plan
 from tuning.findings import FACTS
 from tuning.objective import TrialSpec, run_trial
 from tuning.space import Value
-from tuning.study import Study
+from tuning.study import CONFIRMS, Study
 
 Tell = Callable[[str], None]
 RETRIES = 2  # of a trial whose process died; it goes on from its checkpoint
@@ -56,6 +56,7 @@ class SweepSpec:
     bundles: Sequence[dict[str, float]]
     ladder: tuple[float, ...]
     students: int
+    confirm: int
 
     def of(self, number: int, point: Mapping[str, Value]) -> TrialSpec:
         folder = storage.join(self.out, "trials", f"{number:05d}")
@@ -100,9 +101,18 @@ def reserved(
 
 
 def run_sweep(study: Study, spec: SweepSpec, tell: Tell | None = None) -> None:
-    """Run what is missing of ``spec.trials`` trials. Ray must be initialised. Every outcome is in the study."""
+    """Run what is missing of ``spec.trials`` trials, and then of the repetitions of the best. Ray must be initialised.
+    Every outcome is in the study."""
+    _run(study, spec, tell or partial(print, flush=True))
+    if spec.confirm:
+        study.confirm(spec.confirm)
+        if study.repetitions_left:
+            _run(study, spec, tell or partial(print, flush=True))
+
+
+def _run(study: Study, spec: SweepSpec, tell: Tell) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong, the study tells
-    searcher = _Searcher(study, spec, tell or partial(print, flush=True))
+    searcher = _Searcher(study, spec, tell)
     with tempfile.TemporaryDirectory(prefix="talk-dist-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(_trial, tune.PlacementGroupFactory([dict(bundle) for bundle in spec.bundles])),
@@ -187,8 +197,10 @@ class _Searcher(Searcher):
     def _tell(self, number: int, outcome: str) -> None:
         """One line a trial, and how long the rest will take if it goes on like this."""
         self.ended += 1
-        left = self.spec.trials - len(self.study.ended)
+        left = max(0, self.spec.trials - len(self.study.searched)) + self.study.repetitions_left
         rate = (time.monotonic() - self.started) / self.ended
+        repeated = self.study.trials()[number].user_attrs.get(CONFIRMS)
+        outcome += "" if repeated is None else f"  trial {repeated} again from another seed"
         rest = f"  ({left} left, about {left * rate / 60:.0f} min)" if left else ""
         self.tell(f"trial {number:<4} {outcome}{rest}")
 

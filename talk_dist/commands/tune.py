@@ -57,6 +57,9 @@ class Tune:
     """Ridges among which each trial chooses by itself, at no cost; empty (`[]`) searches kernel.ridge by trials."""
     students: int = 3
     """Fresh students whose mean validation accuracy a finished trial is worth."""
+    confirm: int = 3
+    """So many of the best trials, and the first, are repeated from two other seeds; the best is chosen by that (0: by
+    the search alone, which flatters it)."""
     storage: str = ""
     """URL of a data base for the study (sqlite:///…, postgresql://…); empty: a journal file in the sweep's folder."""
     cpus: float = 0.0
@@ -68,8 +71,8 @@ class Tune:
         if min(self.trials, self.concurrent, self.students) < 1:
             counts = f"trials = {self.trials}, concurrent = {self.concurrent}, students = {self.students}"
             raise ConfigError(f"{counts}: at least 1 of each")
-        if self.cpus < 0 or self.gpus < 0:
-            raise ConfigError(f"cpus = {self.cpus}, gpus = {self.gpus}: not negative")
+        if min(self.cpus, self.gpus, self.confirm) < 0:
+            raise ConfigError(f"cpus = {self.cpus}, gpus = {self.gpus}, confirm = {self.confirm}: not negative")
         if "accuracy" not in self.objectives or len(set(self.objectives)) < len(self.objectives):
             raise ConfigError(f"objectives = {list(self.objectives)}: accuracy, and each once")
         if any(ridge <= 0 for ridge in self.ladder):
@@ -103,8 +106,8 @@ class Tune:
             from cluster.pool import everywhere
             from cluster.session import open_session
             from tuning import report
-            from tuning.space import configured, nearby, point_of, read_space
-            from tuning.study import START_UP, Strategy, open_study
+            from tuning.space import configured, point_of, read_space
+            from tuning.study import Strategy, open_study
             from tuning.sweep import SweepSpec, reserved, run_sweep
         except ModuleNotFoundError as error:
             if error.name not in ("ray", "optuna", "pandas"):
@@ -136,22 +139,21 @@ class Tune:
         call.stop.advice = lambda: f"{len(study.ended)} trials are done; go on with:\n  {again}"
         presets = [{"kernel.ridge": start.kernel.ridge, **point_of(space, start)} for start in (base, preset())]
         presets = presets[:1] if presets[0] == presets[1] else presets
-        around = START_UP - len(presets) if self.sampler == "tpe" else 0
-        study.enqueue(presets, nearby(space, base, presets[0], around, base.seed))
+        study.enqueue(presets)
         with open_session(base) as session:
             plan = preflight.planned(tag, base, None)
             placed, bundles = reserved(session, tag, base, plan, self.concurrent, self.cpus, self.gpus)
             if not base.encoder.adapters and base.runtime.cache:
                 _warm(tag, placed, plan)
             out = everywhere(folder.out)
-            spec = SweepSpec(tag.path, out, placed, self.trials, self.concurrent, bundles, self.ladder, self.students)
-            run_sweep(study, spec)
+            several = (bundles, self.ladder, self.students, self.confirm)
+            run_sweep(study, SweepSpec(tag.path, out, placed, self.trials, self.concurrent, *several))
         found = report.write(study, base, folder.out, call.command)
         if found.best is None:
             reasons = {str(trial.user_attrs.get("reason")) for trial in study.ended}
             raise ConfigError(f"all {len(study.ended)} trials failed: {'; '.join(sorted(reasons))}")
         best = folder.path("best.yaml")
-        print(f"best        {found.best.user_attrs['accuracy']:.4f} validation accuracy, trial {found.best.number}")
+        print(f"best        validation accuracy {report.words(study, found.best)}")
         words = ["--data", self.data, "--config", best, "--out", folder.path("best"), "--evaluate", "true"]
         print(f"settings    {best}: {shlex.join(['talk-dist', 'distill', *words])}")
         print(f"report      {folder.path('report.html')}")

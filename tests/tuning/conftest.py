@@ -41,7 +41,7 @@ def words(small, tmp_path_factory):
     file.write_text(SPACE)
 
     def make(data, out, *more, **options):
-        given = {"data": data, "out": out, "space": file} | SMALL | options
+        given = {"data": data, "out": out, "space": file, "confirm": 0} | SMALL | options
         line = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         return ["tune", *line, "--encoder.name", small.encoder.name, "--encoder.pooling", "mean", *map(str, more)]
 

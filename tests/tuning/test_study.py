@@ -151,7 +151,39 @@ def test_points_that_wait_are_tried_first_even_if_a_kill_came_between_them(tmp_p
     points = [point_of(SPACE, BASE) | {"kernel.layers": layers} for layers in (1, 2)]
     study = open_study(str(tmp_path / "s.journal"), "s", {}, SPACE, BASE)
     study.enqueue(points[:1])
-    study.enqueue(points[:1], points[1:])
+    study.enqueue(points)
     assert [study.ask(3)[1] for _ in points] == points
     study.enqueue(points)
     assert study.ask(3)[1] not in points
+
+
+def test_the_best_are_repeated_and_judged_by_that(tmp_path):
+    """The trial that validated best by luck is not the best of the sweep."""
+    path, start = str(tmp_path / "s.journal"), {"kernel.ridge": 0.1, **point_of(SPACE, BASE)}
+    study = open_study(path, "s", {}, SPACE, BASE)
+    study.enqueue([start])
+    luck, truth = [0.50, 0.90, 0.70, 0.60], [0.52, 0.55, 0.65, 0.99]
+    for accuracy in luck:
+        number, point = study.ask(4)
+        study.tell(number, "complete", accuracy=accuracy, ridge=point["kernel.ridge"])
+    assert study.ask(4) is None
+    assert study.best.number == 1
+    study.confirm(2)
+    study = open_study(path, "s", {}, SPACE, BASE)
+    study.confirm(2)  # killed and begun again: nothing twice
+    assert study.repetitions_left == 6
+    asked = []
+    while again := study.ask(4):
+        number, point = again
+        original = study.trials()[number].user_attrs["confirms"]
+        asked.append((original, point.pop("seed")))
+        assert point == study.trials()[original].params
+        assert not study.report(number, 0, 0.0)
+        study.tell(number, "complete", accuracy=truth[original], ridge=point["kernel.ridge"])
+    assert asked == [(original, BASE.seed + 1 + i) for original in (0, 1, 2) for i in (0, 1)]
+    assert study.best.number == 2
+    assert study.repeats(2) == [0.65, 0.65]
+    assert study.repeats(3) == []
+    assert len(study.searched) == 4
+    study.confirm(2)
+    assert study.ask(5)[0] == 10  # the search goes on after it

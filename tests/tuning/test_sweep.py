@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -33,9 +32,9 @@ def trials(folder):
 
 @pytest.fixture(scope="module")
 def whole(one_ray, tags, words, tmp_path_factory):
-    """The trials of an undisturbed sweep of six."""
+    """The trials of an undisturbed sweep of six, and of what it repeated."""
     out = tmp_path_factory.mktemp("whole")
-    assert main(words(tags[2].path, out, trials=6, name="s")) == 0
+    assert main(words(tags[2].path, out, trials=6, name="s", confirm=1)) == 0
     return trials(out / "s")
 
 
@@ -49,15 +48,16 @@ def test_a_sweep_leaves_what_it_says(one_ray, graph, prepare_graph, words, told,
     assert "Ray" not in out  # nothing of Tune's own tables
     done = [row for row in rows if row["state"] == "complete"]
     best = max(done, key=lambda row: (row["accuracy"], -row["number"]))
-    assert f"best        {best['accuracy']:.4f} validation accuracy, trial {best['number']}" in out
+    assert f"best        validation accuracy {best['accuracy']:.4f} (trial {best['number']})\n" in out
 
     first = rows[0]  # the settings that the sweep was started with, ridge and all
     assert (first["state"], first["ridge"], first["synthetic.tokens"]) == ("complete", 0.1, 4)
     assert best["accuracy"] >= first["accuracy"]
 
     told("distill", "--data", tag.path, "--config", folder / "best.yaml", "--out", tmp_path / "again")
-    made = json.loads((tmp_path / "again" / "synthetic" / "metrics.json").read_text())
-    assert made["val_accuracy"] == best["accuracy"]  # best.yaml is the trial, to the digit
+    made = tmp_path / "again" / "synthetic" / "synthetic.safetensors"
+    kept = folder / "trials" / f"{best['number']:05d}" / "synthetic" / "synthetic.safetensors"
+    assert made.read_bytes() == kept.read_bytes()  # best.yaml is the trial, to the bit
 
     for name in ("history.png", "front.png", "slices.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
@@ -85,7 +85,7 @@ def test_encodings_are_computed_once_for_all_sweeps(one_ray, graph, prepare_grap
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_at_random_and_gone_on_with(one_ray, tags, words, whole, told, tmp_path, number):
     """What is finished stays, nothing is lost or runs twice. benchmarks/sweeps.py kills five times on a real graph."""
-    command = [sys.executable, "-m", "talk_dist", *words(tags[2].path, tmp_path, trials=6, name="s")]
+    command = [sys.executable, "-m", "talk_dist", *words(tags[2].path, tmp_path, trials=6, name="s", confirm=1)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "s" / "trials" / "00001").exists():
         assert driver.poll() is None
@@ -106,7 +106,7 @@ def test_more_trials_for_a_sweep_that_was_done(one_ray, tags, words, whole, told
     told(*line)
     assert trials(tmp_path / "s") == whole[:3]
     os.unlink(space)  # the sweep has kept it
-    told("tune", f"--out={tmp_path}", "--resume", "s", "--trials", "6")
+    told("tune", f"--out={tmp_path}", "--resume", "s", "--trials", "6", "--confirm", "1")
     assert trials(tmp_path / "s") == whole
 
 
