@@ -130,6 +130,8 @@ def validate(synthetic: SyntheticTAG, pool: ShardPool, encoder: Encoder, config:
     """Validation accuracy of one fresh student."""
     student = Student(config.student, encoder.width, synthetic.labels.shape[1], seed)
     encoder.reset_adapters(seed)
+    if not encoder.adapted:
+        pool.encode({})  # a trial that was cut off after its last epoch has not done it yet
     train_on(synthetic, student, pool, encoder, EvaluateConfig().recipe, seed)
     pool.encode(encoder.adapters())
     return student_accuracy(pool, student, "val")

@@ -73,6 +73,12 @@ def test_cut_off_anywhere_it_ends_as_if_it_had_not_been(trial, cut_after):
     assert rest == reports[-len(rest) :]  # the best of before the cut counts
 
 
+def test_cut_off_after_the_last_epoch(trial):
+    point = {"kernel.ridge": 0.1}  # no ladder, which would encode the texts
+    whole, _ = trial(point, folder="whole")
+    assert trial(point, folder="whole") == (whole, [])
+
+
 def test_the_frozen_encoder_reads_every_text_once_in_all_trials(trial, small, graph, prepare_graph, monkeypatch):
     passes = []
     encode = TextEncoder.encode_tokens

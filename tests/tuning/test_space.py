@@ -9,7 +9,7 @@ import pytest
 
 from talk_dist.config import DistillConfig, preset
 from talk_dist.errors import ConfigError
-from tuning.space import Parameter, active, configured, default_space, leaves, point_of, read_space, suggest
+from tuning.space import Nearby, Parameter, active, configured, default_space, leaves, point_of, read_space, suggest
 
 
 class Random:
@@ -101,3 +101,17 @@ def test_a_point_can_be_read_back():
     point = suggest(default_space(), Random(3), base)
     assert point_of(default_space(), configured(base, point)) == point
     assert dataclasses.asdict(configured(base, point)) == configured(base, point).to_dict()
+
+
+def test_points_nearby_change_a_few_settings_within_their_ranges():
+    base, space = DistillConfig(), default_space()
+    start = point_of(space, base)
+    assert suggest(space, Nearby(start, np.random.default_rng(0), change=0.0), base) == start
+    shares = []
+    for seed in range(100):
+        point = suggest(space, Nearby(start, np.random.default_rng(seed)), base)
+        assert all(p.holds(point[p.key]) for p in space if p.key in point)
+        common = point.keys() & start.keys()
+        shares.append(sum(point[key] != start[key] for key in common) / len(common))
+    assert 0.1 < np.mean(shares) < 0.2  # a fifth is drawn again, some of it as it was
+    assert len(set(shares)) > 3

@@ -74,29 +74,31 @@ def test_a_sweep_leaves_what_it_says(one_ray, graph, prepare_graph, words, told,
 
 def test_encodings_are_computed_once_for_all_sweeps(one_ray, graph, prepare_graph, words, told, tmp_path):
     tag = prepare_graph(graph, parts=2)
-    told(*words(tag.path, tmp_path, trials=2, name="first"))
+    told(*words(tag.path, tmp_path, trials=1, name="first"))
     stamps = {path.name: path.stat().st_mtime_ns for path in Path(tag.path, "encodings").glob("*.npy")}
     assert len(stamps) == 2  # a file a part
-    told(*words(tag.path, tmp_path, trials=4, name="second", concurrent=2, objectives="[accuracy, bytes]"))
+    told(*words(tag.path, tmp_path, trials=2, name="second", concurrent=2, objectives="[accuracy, bytes]"))
     assert stamps == {path.name: path.stat().st_mtime_ns for path in Path(tag.path, "encodings").glob("*.npy")}
     assert {row["state"] for row in trials(tmp_path / "second")} == {"complete"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_at_random_and_gone_on_with(one_ray, tags, words, whole, told, tmp_path, number):
+def test_stopped_and_killed_at_random_and_gone_on_with(one_ray, tags, words, whole, told, tmp_path):
     """What is finished stays, nothing is lost or runs twice. benchmarks/sweeps.py kills five times on a real graph."""
-    command = [sys.executable, "-m", "talk_dist", *words(tags[2].path, tmp_path, trials=6, name="s", confirm=1)]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "s" / "trials" / "00001").exists():
-        assert driver.poll() is None
-        time.sleep(0.05)
-    time.sleep(random.Random().uniform(0.0, 1.0))
-    driver.send_signal(number)
-    _, err = driver.communicate()
-    if number == signal.SIGTERM:
-        assert driver.returncode == 128 + number
-        assert f"trials are done; go on with:\n  talk-dist tune --out {tmp_path} --resume s\n" in err
-    told("tune", "--out", tmp_path, "--resume", "s")
+    line = words(tags[2].path, tmp_path, trials=6, name="s", confirm=1)
+    for number, begun in ((signal.SIGTERM, "00001"), (signal.SIGKILL, "00004")):
+        command = [sys.executable, "-m", "talk_dist", *line]
+        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not (tmp_path / "s" / "trials" / begun).exists():
+            assert driver.poll() is None
+            time.sleep(0.05)
+        time.sleep(random.Random().uniform(0.0, 1.0))
+        driver.send_signal(number)
+        _, err = driver.communicate()
+        line = ["tune", "--out", str(tmp_path), "--resume", "s"]
+        if number == signal.SIGTERM:
+            assert driver.returncode == 128 + number
+            assert f"trials are done; go on with:\n  talk-dist {' '.join(line)}\n" in err
+    told(*line)
     assert trials(tmp_path / "s") == whole
 
 
