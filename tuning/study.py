@@ -100,8 +100,8 @@ class Study:
         for trial in [*(t for t in done if t.number == 0 and t not in best), *best]:
             for seed in range(self._base.seed + 1, self._base.seed + 1 + OTHER_SEEDS):
                 if (trial.number, seed) not in begun:
-                    pinned = trial.user_attrs.get(PINNED, {})
-                    pinned |= {"kernel.ridge": trial.user_attrs["ridge"], "seed": seed}
+                    own = trial.user_attrs.get(PINNED, {})
+                    pinned = {**own, "kernel.ridge": trial.user_attrs["ridge"], "seed": seed}
                     self._study.enqueue_trial(trial.params, user_attrs={PINNED: pinned, CONFIRMS: trial.number})
 
     def enqueue(self, starts: Sequence[Mapping[str, Value]]) -> None:

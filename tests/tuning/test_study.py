@@ -169,6 +169,7 @@ def test_the_best_are_repeated_and_judged_by_that(tmp_path):
     assert study.ask(4) is None
     assert study.best.number == 1
     study.confirm(2)
+    assert "seed" not in study.trials()[0].user_attrs["pinned"]  # what is repeated stays what it was
     study = open_study(path, "s", {}, SPACE, BASE)
     study.confirm(2)  # killed and begun again: nothing twice
     assert study.repetitions_left == 6
