@@ -12,15 +12,11 @@ as it is, and the seeds are those of the distillation alone. `--config best.yaml
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from talk_dist import (
     EvaluateConfig,
@@ -31,10 +27,11 @@ from talk_dist import (
     evaluate,
     open_tables,
     prepare,
-    preset,
 )
+from talk_dist.cli import COMMANDS
 from talk_dist.commands.report import machine
-from talk_dist.config import DistillConfig, StudentConfig
+from talk_dist.commands.settings import read
+from talk_dist.config import StudentConfig
 from talk_dist.data.python_api import build_python_api
 from talk_dist.data.tables import Source, from_arrow
 from talk_dist.evaluate import Row, table
@@ -55,26 +52,11 @@ def merge(rows: list[Row]) -> Row:
     )
 
 
-def override(config: DistillConfig, options: list[str]) -> DistillConfig:
-    """Apply `--section.key VALUE` pairs."""
-    values: dict[str, Any] = config.to_dict()
-    for key, text in zip(options[::2], options[1::2], strict=True):
-        *path, last = key.removeprefix("--").split(".")
-        section = values
-        for name in path:
-            section = section[name]
-        try:
-            section[last] = json.loads(text)
-        except json.JSONDecodeError:
-            section[last] = text
-    return DistillConfig.from_dict(values)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--preset", default="default")
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--students", type=int, default=3)
@@ -85,9 +67,7 @@ def main() -> None:
     lines, rows_by_seed, seconds = ProgressLines(), [], []
     folder = Path(arguments.data)
 
-    base, used = preset(arguments.preset), f"preset {arguments.preset}"
-    if arguments.config:
-        base, used = DistillConfig.from_dict(yaml.safe_load(arguments.config.read_text())), str(arguments.config)
+    start = ["--config", arguments.config] if arguments.config else ["--preset", arguments.preset]
 
     def source() -> Source:
         if arguments.data == "python-api":
@@ -95,7 +75,8 @@ def main() -> None:
         return open_tables(folder / "nodes.parquet", folder / "edges.parquet")
 
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        config = override(base, ["--seed", str(seed), *options])
+        _, config, _ = read(COMMANDS["distill"], [*start, "--seed", str(seed), *options])
+        assert config is not None
         with tempfile.TemporaryDirectory() as scratch:
             if (folder / "META.json").exists():
                 tag = PreparedTag(str(folder))
@@ -117,7 +98,7 @@ def main() -> None:
 
     merged = [merge(list(rows)) for rows in zip(*rows_by_seed, strict=True)]
     took = ", ".join(f"{s:.0f}" for s in seconds)
-    settings_used = " ".join([used, *options])
+    settings_used = " ".join([*(word.removeprefix("--") for word in start), *options])
     text = "\n".join(
         [
             f"# {folder.name}: {arguments.student.upper()} students, {merged[0].nodes} nodes, {settings_used}",

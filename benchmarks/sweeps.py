@@ -36,9 +36,9 @@ from scipy.stats import spearmanr
 
 from talk_dist import LocalPool, PreparedTag, TextEncoder, preset
 from talk_dist.synthetic.init import initialise
+from tuning.findings import CLOCK
 from tuning.space import configured
 
-CLOCK = {"seconds", "seconds_with_start", "cpu_seconds", "host_bytes"}
 TUNE = [sys.executable, "-m", "talk_dist", "tune"]
 
 

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from talk_dist.config import DistillConfig
 from tuning.space import configured
-from tuning.study import PINNED, Study
+from tuning.study import PINNED, Study, accuracy
 
 FACTS = (
     "accuracy",
@@ -26,6 +26,8 @@ FACTS = (
     "host_bytes",
 )
 """What is known of a completed trial."""
+CLOCK = ("seconds", "seconds_with_start", "cpu_seconds", "host_bytes")
+"""What of it another run of the same trial would not say again."""
 LEAST_TRIALS = 8  # for importances: fewer say nothing
 
 
@@ -40,17 +42,8 @@ class Findings:
 
 def findings(study: Study) -> Findings:
     """Raises nothing for a sweep without a complete trial: ``best`` is None."""
-    done = [trial for trial in study.searched if trial.state is TrialState.COMPLETE]
-    return Findings(
-        study.best,
-        _importances(study),
-        front([_objectives(t) for t in done], done),
-    )
-
-
-def accuracy(trial: FrozenTrial) -> float:
-    """Validation accuracy of the trial."""
-    return float(trial.user_attrs["accuracy"])
+    done = study.completed
+    return Findings(study.best, _importances(study), front([_objectives(trial) for trial in done], done))
 
 
 def config_of(trial: FrozenTrial, base: DistillConfig) -> DistillConfig:

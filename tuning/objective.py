@@ -18,6 +18,7 @@ import torch
 from talk_dist.commands import preflight
 from talk_dist.commands.place import place
 from talk_dist.commands.runs import identity
+from talk_dist.commands.tune import Tune
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
@@ -32,12 +33,12 @@ from talk_dist.runtime.checkpoint import Checkpoint
 from talk_dist.runtime.outer import accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import SyntheticTAG
-from talk_dist.synthetic.coresets import allocate, class_centres, sample_for
-from talk_dist.synthetic.init import num_synthetic, one_hot_labels
+from talk_dist.synthetic.coresets import class_centres, sample_for
+from talk_dist.synthetic.init import class_counts, one_hot_labels
 from tuning.space import Value, configured
 
 Report = Callable[[dict[str, Any]], None]
-LADDER = (1e-4, 1e-3, 1e-2, 3e-2, 0.1)
+LADDER, STUDENTS = Tune.ladder, Tune.students
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class TrialSpec:
     base: dict[str, Any]
     point: Mapping[str, Value]
     ladder: tuple[float, ...] = LADDER
-    students: int = 3
+    students: int = STUDENTS
 
     @property
     def config(self) -> DistillConfig:
@@ -153,7 +154,7 @@ def ridge_scores(
     eigendecomposition and one pass over the validation rows for all of them."""
     encoder.reset_adapters(config.seed)
     pool.encode(encoder.adapters())
-    counts = allocate(num_synthetic(config.synthetic.size, pool.tag.num_nodes), pool.tag.train_class_counts)
+    counts = class_counts(pool.tag, config.synthetic.size)
     h_s = torch.from_numpy(class_centres(sample_for(pool, counts, config.seed), counts, config.seed))
     k_ss = synthetic_kernel(h_s.double(), config.kernel.hops, config.kernel.layers)
     duals = ridge_path(k_ss, one_hot_labels(counts), ladder)

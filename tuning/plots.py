@@ -9,8 +9,8 @@ from typing import Any
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
-from tuning.findings import Findings, accuracy, judged
-from tuning.study import Study
+from tuning.findings import Findings, judged
+from tuning.study import Study, accuracy
 
 COLOURS = {"COMPLETE": "#1f77b4", "PRUNED": "#bbbbbb"}
 
@@ -74,7 +74,7 @@ def _importance(figure: Any, study: Study, found: Findings) -> bool:
 
 def _pareto(figure: Any, study: Study, found: Findings) -> bool:
     """Accuracy against seconds and bytes; the trials that nothing beats in all three are filled."""
-    done = [trial for trial in judged(study) if trial.state is TrialState.COMPLETE]
+    done = study.completed
     if not done:
         return False
     figure.set_size_inches(10, 4)

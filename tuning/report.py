@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +19,9 @@ from optuna.trial import FrozenTrial
 
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
-from tuning.findings import FACTS, Findings, accuracy, config_of, findings
+from tuning.findings import FACTS, Findings, config_of, findings
 from tuning.plots import draw_all
-from tuning.study import CONFIRMS, Study
+from tuning.study import CONFIRMS, Study, accuracy
 
 
 def table(study: Study) -> pa.Table:
@@ -81,13 +82,10 @@ def _front(study: Study, found: Findings) -> str:
 def words(study: Study, trial: FrozenTrial) -> str:
     """What a trial is worth, beside the first, in words."""
     text = f"{accuracy(trial):.4f} (trial {trial.number})"
-    for number in (trial.number, 0):
+    for who, number in {"from other seeds": trial.number, "the first trial": 0}.items():
         values = study.repeats(number)
-        if values:
-            who = "from other seeds" if number == trial.number else "the first trial"
+        if values and (who == "from other seeds" or trial.number):
             text += f", {who} {sum(values) / len(values):.4f}"
-        if trial.number == 0:
-            break
     return text
 
 
@@ -100,9 +98,7 @@ def _plain(value: Any) -> Any:
 
 def page(study: Study, found: Findings, pictures: Mapping[str, bytes], command: str) -> str:
     """One self-contained HTML page."""
-    counts: dict[str, int] = {}
-    for trial in study.ended:
-        counts[trial.state.name.lower()] = counts.get(trial.state.name.lower(), 0) + 1
+    counts = Counter(trial.state.name.lower() for trial in study.ended)
     images = "".join(
         f"<h2>{html.escape(name.capitalize())}</h2><img alt='{name}' src='data:image/png;base64,"
         f"{base64.b64encode(png).decode()}'>"

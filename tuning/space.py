@@ -68,8 +68,8 @@ def default_space() -> list[Parameter]:
     """Worth running as it is, frozen encoder or adapters: what moved validation accuracy on the graphs we have."""
     two_stage = {"synthetic.init": ("two-stage",)}
     adapters = {"encoder.adapters": (True,)}
-    labels = {"synthetic.learn_labels": (True,), "outer.epochs": tuple(range(1, 1000))}
     steps = {"outer.epochs": tuple(range(1, 1000))}
+    labels = {"synthetic.learn_labels": (True,), **steps}
     return [
         Parameter("synthetic.init", choices=("two-stage", "medoid")),
         Parameter("synthetic.tokens", choices=(8, 16, 32)),

@@ -41,6 +41,11 @@ class Strategy:
     halving: bool = True
 
 
+def accuracy(trial: FrozenTrial) -> float:
+    """Validation accuracy of the trial."""
+    return float(trial.user_attrs["accuracy"])
+
+
 class Study:
     """Ask, report, tell; every answer is on storage before the method returns."""
 
@@ -69,14 +74,19 @@ class Study:
         return [trial for trial in self.ended if CONFIRMS not in trial.user_attrs]
 
     @property
+    def completed(self) -> list[FrozenTrial]:
+        """Those of them that came to their end."""
+        return [trial for trial in self.searched if trial.state is TrialState.COMPLETE]
+
+    @property
     def best(self) -> FrozenTrial | None:
         """The completed trial of the highest accuracy, the first of equals: in repetitions, if there are any, because
         the highest of many numbers flatters."""
-        done = [trial for trial in self.searched if trial.state is TrialState.COMPLETE]
+        done = self.completed
         repeated = [trial for trial in done if self.repeats(trial.number)]
 
         def worth(trial: FrozenTrial) -> tuple[float, int]:
-            values = self.repeats(trial.number) or [trial.user_attrs["accuracy"]]
+            values = self.repeats(trial.number) or [accuracy(trial)]
             return sum(values) / len(values), -trial.number
 
         return max(repeated or done, key=worth, default=None)
@@ -84,7 +94,7 @@ class Study:
     def repeats(self, number: int) -> list[float]:
         """Accuracies of the trial's repetitions from other seeds; empty unless all of them were completed."""
         mine = [t for t in self.trials(TrialState.COMPLETE) if t.user_attrs.get(CONFIRMS) == number]
-        return [float(t.user_attrs["accuracy"]) for t in mine] if len(mine) == OTHER_SEEDS else []
+        return [accuracy(trial) for trial in mine] if len(mine) == OTHER_SEEDS else []
 
     @property
     def repetitions_left(self) -> int:
@@ -94,8 +104,8 @@ class Study:
 
     def confirm(self, count: int) -> None:
         """Repeat the ``count`` best completed trials, and the first, from other seeds: they are asked next."""
-        done = [trial for trial in self.searched if trial.state is TrialState.COMPLETE]
-        best = sorted(done, key=lambda trial: (-trial.user_attrs["accuracy"], trial.number))[:count]
+        done = self.completed
+        best = sorted(done, key=lambda trial: (-accuracy(trial), trial.number))[:count]
         begun = {(t.user_attrs.get(CONFIRMS), t.user_attrs.get(PINNED, {}).get("seed")) for t in self.trials()}
         for trial in [*(t for t in done if t.number == 0 and t not in best), *best]:
             for seed in range(self._base.seed + 1, self._base.seed + 1 + OTHER_SEEDS):

@@ -11,9 +11,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 # before Ray Tune is imported, which reads them then: our own lines instead of its tables, and signals are ours
@@ -40,7 +39,6 @@ from tuning.objective import TrialSpec, run_trial
 from tuning.space import Value
 from tuning.study import CONFIRMS, Study
 
-Tell = Callable[[str], None]
 RETRIES = 2  # of a trial whose process died; it goes on from its checkpoint
 
 
@@ -100,19 +98,19 @@ def reserved(
     return base, bundles
 
 
-def run_sweep(study: Study, spec: SweepSpec, tell: Tell | None = None) -> None:
+def run_sweep(study: Study, spec: SweepSpec) -> None:
     """Run what is missing of ``spec.trials`` trials, and then of the repetitions of the best. Ray must be initialised.
     Every outcome is in the study."""
-    _run(study, spec, tell or partial(print, flush=True))
+    _run(study, spec)
     if spec.confirm:
         study.confirm(spec.confirm)
         if study.repetitions_left:
-            _run(study, spec, tell or partial(print, flush=True))
+            _run(study, spec)
 
 
-def _run(study: Study, spec: SweepSpec, tell: Tell) -> None:
+def _run(study: Study, spec: SweepSpec) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong, the study tells
-    searcher = _Searcher(study, spec, tell)
+    searcher = _Searcher(study, spec)
     with tempfile.TemporaryDirectory(prefix="talk-dist-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(_trial, tune.PlacementGroupFactory([dict(bundle) for bundle in spec.bundles])),
@@ -153,9 +151,9 @@ def _trial(config: dict[str, Any]) -> None:
 class _Searcher(Searcher):
     """Tune's view of a study."""
 
-    def __init__(self, study: Study, spec: SweepSpec, tell: Tell):
+    def __init__(self, study: Study, spec: SweepSpec):
         super().__init__()
-        self.study, self.spec, self.tell = study, spec, tell
+        self.study, self.spec = study, spec
         self.number: dict[str, int] = {}  # Tune's id of a trial -> its number in the study
         self.stopped: dict[str, dict[str, Any]] = {}
         self.ended, self.started = 0, time.monotonic()
@@ -202,7 +200,7 @@ class _Searcher(Searcher):
         repeated = self.study.trials()[number].user_attrs.get(CONFIRMS)
         outcome += "" if repeated is None else f"  trial {repeated} again from another seed"
         rest = f"  ({left} left, about {left * rate / 60:.0f} min)" if left else ""
-        self.tell(f"trial {number:<4} {outcome}{rest}")
+        print(f"trial {number:<4} {outcome}{rest}", flush=True)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is on storage."""

@@ -17,8 +17,7 @@ from talk_dist.models.protocol import Encoder
 from talk_dist.models.shape import ModelShape
 from talk_dist.runtime import estimate
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
-from talk_dist.synthetic.coresets import allocate
-from talk_dist.synthetic.init import num_synthetic
+from talk_dist.synthetic.init import class_counts, num_synthetic
 
 T = TypeVar("T")
 
@@ -55,7 +54,7 @@ def listed(problems: Sequence[str]) -> str:
 def check_tag(tag: PreparedTag, config: DistillConfig, splits: Sequence[str], problems: Problems) -> None:
     """What ``config`` and a prepared graph must have in common, encoder apart."""
     meta, hops = tag.meta, config.kernel.hops
-    problems.attempt(lambda: allocate(num_synthetic(config.synthetic.size, tag.num_nodes), tag.train_class_counts))
+    problems.attempt(lambda: class_counts(tag, config.synthetic.size))
     halo_hops = meta["partition"]["halo_hops"]
     if hops > halo_hops + 1:
         need = f"set --kernel.hops {halo_hops + 1} or prepare it again with --halo_hops {hops - 1}"

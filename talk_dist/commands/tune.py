@@ -83,13 +83,11 @@ class Tune:
             path = storage.join(self.out, self.resume, WORDS)
             if not storage.exists(path):
                 raise ConfigError(f"--resume {self.resume}: {path} is not there; the sweep was never started in --out")
-            words = [
-                *storage.read_json(path),
-                *without(call.arguments[1:], "out", "resume"),
-            ]  # what is given now counts
-            if storage.exists(kept := storage.join(self.out, self.resume, SPACE)):
+            now, kept = call.arguments[1:], storage.join(self.out, self.resume, SPACE)
+            words = without([*storage.read_json(path), *now], "out", "resume")  # what is given now counts
+            if storage.exists(kept) and without(now, "space") == now:  # another is refused by the study
                 words = [*without(words, "space"), "--space", kept]
-            words = [*without(words, "out"), "--out", self.out]
+            words += ["--out", self.out]
             options, saved, _ = read(COMMAND, words)
             return options.run(Call(["tune", *words], call.stop), saved)
         if not self.data:
@@ -146,8 +144,8 @@ class Tune:
             if not base.encoder.adapters and base.runtime.cache:
                 _warm(tag, placed, plan)
             out = everywhere(folder.out)
-            several = (bundles, self.ladder, self.students, self.confirm)
-            run_sweep(study, SweepSpec(tag.path, out, placed, self.trials, self.concurrent, *several))
+            same = {name: getattr(self, name) for name in ("trials", "concurrent", "ladder", "students", "confirm")}
+            run_sweep(study, SweepSpec(tag.path, out, placed, bundles=bundles, **same))
         found = report.write(study, base, folder.out, call.command)
         if found.best is None:
             reasons = {str(trial.user_attrs.get("reason")) for trial in study.ended}

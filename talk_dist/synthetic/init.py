@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from talk_dist.config import DistillConfig
-from talk_dist.data.tag import TokenLists
+from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
 from talk_dist.models.protocol import Encoder
@@ -39,6 +39,11 @@ def num_synthetic(size: float, num_nodes: int) -> int:
     return round(size * num_nodes) if size < 1 else int(size)
 
 
+def class_counts(tag: PreparedTag, size: float) -> np.ndarray:
+    """Synthetic nodes of each class (C,). Raises ConfigError if there are fewer than classes."""
+    return allocate(num_synthetic(size, tag.num_nodes), tag.train_class_counts)
+
+
 def one_hot_labels(counts: np.ndarray) -> Tensor:
     """Labels (M, C) of ``counts`` (C,) synthetic nodes, class by class."""
     labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
@@ -47,7 +52,7 @@ def one_hot_labels(counts: np.ndarray) -> Tensor:
 
 def initialise(pool: ShardPool, encoder: Encoder, config: DistillConfig, report: Report) -> Start:
     """Start as `config.synthetic.init` says; the pool must hold current encodings."""
-    counts = allocate(num_synthetic(config.synthetic.size, pool.tag.num_nodes), pool.tag.train_class_counts)
+    counts = class_counts(pool.tag, config.synthetic.size)
     y_s = one_hot_labels(counts)
     sample = sample_for(pool, counts, config.seed)
     how = "random" if config.synthetic.init == "random" else "medoid"

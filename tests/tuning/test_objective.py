@@ -17,9 +17,8 @@ from talk_dist.runtime.pool import LocalPool
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for
 from talk_dist.synthetic.init import one_hot_labels
+from tuning.findings import CLOCK
 from tuning.objective import LADDER, TrialSpec, choose_ridge, ridge_scores, run_trial
-
-TIMES = {"seconds", "seconds_with_start", "cpu_seconds", "host_bytes"}
 
 
 class Cut(Exception):
@@ -34,7 +33,7 @@ def trial(small, tags, tmp_path):
         reports = []
 
         def report(values):
-            reports.append({name: value for name, value in values.items() if name not in TIMES})
+            reports.append({name: value for name, value in values.items() if name not in CLOCK})
             if len(reports) == cut_after:
                 raise Cut
 
@@ -43,7 +42,7 @@ def trial(small, tags, tmp_path):
             facts = run_trial(spec, report)
         except Cut:
             return {}, reports
-        return {name: fact for name, fact in facts.items() if name not in TIMES}, reports
+        return {name: fact for name, fact in facts.items() if name not in CLOCK}, reports
 
     return run
 

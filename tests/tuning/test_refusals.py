@@ -79,6 +79,11 @@ def test_another_graph_under_the_same_name(refused, words, tags, told, tmp_path,
     assert "the study is open by now" in refused()
     hashes = [tags[parts].meta["hash"] for parts in (2, 7)]
     assert f"data hash: {hashes[0]!r} there, {hashes[1]!r} now" in refused(parts=7)
+    space = tmp_path / "other.yaml"
+    space.write_text("synthetic.tokens: [4, 8]\n")
+    _, err = told("tune", "--resume", "sweep", "--out", tmp_path / "out", "--space", space, code=2)
+    assert "space" in err
+    assert "there" in err
 
 
 def test_a_sweep_at_work_in_the_folder(refused, tmp_path):

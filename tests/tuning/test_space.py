@@ -12,27 +12,16 @@ from talk_dist.errors import ConfigError
 from tuning.space import Nearby, Parameter, active, configured, default_space, leaves, point_of, read_space, suggest
 
 
-class Random:
-    """Stands for an Optuna trial: draws from a generator."""
-
-    def __init__(self, seed):
-        self.rng = np.random.default_rng(seed)
-
-    def suggest_float(self, name, low, high, *, log=False):
-        return float(np.exp(self.rng.uniform(np.log(low), np.log(high))) if log else self.rng.uniform(low, high))
-
-    def suggest_int(self, name, low, high, *, log=False):
-        return int(self.rng.integers(low, high + 1))
-
-    def suggest_categorical(self, name, choices):
-        return choices[self.rng.integers(len(choices))]
+def anywhere(seed):
+    """Stands for an Optuna trial: every setting from its whole range."""
+    return Nearby({}, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_every_point_is_a_configuration_that_differs_there_alone(adapters):
     base = configured(preset("quick"), {"encoder.adapters": adapters})
     for seed in range(40):
-        point = suggest(default_space(), Random(seed), base)
+        point = suggest(default_space(), anywhere(seed), base)
         before, after = dict(leaves(base.to_dict())), dict(leaves(configured(base, point).to_dict()))
         assert {key for key in after if after[key] != before[key]} <= point.keys()
         assert all(after[key] == value for key, value in point.items())
@@ -98,7 +87,7 @@ def test_all_problems_are_told_at_once():
 
 def test_a_point_can_be_read_back():
     base = DistillConfig()
-    point = suggest(default_space(), Random(3), base)
+    point = suggest(default_space(), anywhere(3), base)
     assert point_of(default_space(), configured(base, point)) == point
     assert dataclasses.asdict(configured(base, point)) == configured(base, point).to_dict()
 
