@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 
 from talk_dist import __version__
-from talk_dist.commands import tune
+from talk_dist.commands import compare, tune
 from talk_dist.commands.call import Call
 from talk_dist.commands.graphs import Estimate, Export, Inspect, Prepare
 from talk_dist.commands.runs import Distill, Evaluate
@@ -40,6 +40,7 @@ COMMANDS = {
             ("artifact",),
             evaluation="",
         ),
+        compare.COMMAND,
         tune.COMMAND,
         Command("inspect", "what is in a prepared graph or an artifact", Inspect, ("path",)),
         Command("export", "write an artifact for torch-geometric", Export, ("artifact",)),

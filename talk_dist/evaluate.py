@@ -17,11 +17,12 @@ import torch
 from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
 from talk_dist.errors import ConfigError
 from talk_dist.models.gnn import Student
-from talk_dist.models.protocol import Encoder
+from talk_dist.models.inner import fit_encodings
+from talk_dist.models.protocol import Encoder, Report
+from talk_dist.runtime.boundary import StudentState
 from talk_dist.runtime.full import WholeGraph, fit_full
 from talk_dist.runtime.outer import Objective, accuracy, macro_f1, student_accuracy
 from talk_dist.runtime.pool import ShardPool
-from talk_dist.runtime.shard import StudentState
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.coresets import METHODS, allocate, sample_for, select
 
@@ -62,13 +63,24 @@ class Row:
     krr_accuracy: float | None
 
 
+@dataclass(frozen=True)
+class TrainingSet:
+    """What students are trained on: ``train(student, seed)`` trains one, and the encoder's adapters if it has any."""
+
+    name: str
+    nodes: int
+    bytes: int
+    train: Callable[[Student, int], None]
+    krr_accuracy: float | None = None  # of the kernel predictor on the test nodes
+
+
 def evaluate(
     pool: ShardPool,
     encoder: Encoder,
     tag: SyntheticTAG,
     distilled_with: DistillConfig,
     config: EvaluateConfig,
-    progress: Callable[[str, int, int, dict[str, float]], None] = lambda *_: None,
+    progress: Report = lambda *_: None,
 ) -> list[Row]:
     """One row for ``tag`` ("synthetic"), then one for each of ``config.against``.
 
@@ -76,16 +88,17 @@ def evaluate(
     """
     encoder.reset_adapters(0)
     pool.encode(encoder.adapters(), lambda done, total: progress("encode", done, total, {}))
-    rows = [_small_set("synthetic", tag, pool, encoder, distilled_with, config, progress)]
     counts = allocate(len(tag), pool.tag.train_class_counts)
-    for name in config.against:
+
+    def made(name: str) -> TrainingSet:
+        if name == "synthetic":
+            return token_set(name, tag, pool, encoder, distilled_with, config.recipe)
         if name == "full":
-            rows.append(_full_set(pool, encoder, config, progress))
-            continue
+            return full_set(pool, encoder, config.recipe, config.full_epochs)
         coreset, size = coreset_tag(pool, encoder, counts, name, distilled_with.seed)
-        row = _small_set(name, coreset, pool, encoder, distilled_with, config, progress)
-        rows.append(dataclasses.replace(row, bytes=size))
-    return rows
+        return dataclasses.replace(token_set(name, coreset, pool, encoder, distilled_with, config.recipe), bytes=size)
+
+    return [score(made(name), pool, encoder, config, progress) for name in ("synthetic", *config.against)]
 
 
 def coreset_tag(
@@ -103,22 +116,41 @@ def coreset_tag(
     return SyntheticTAG(embeds, labels, mask), int(tokens.values.nbytes)
 
 
-def _small_set(
-    name: str,
-    tag: SyntheticTAG,
-    pool: ShardPool,
-    encoder: Encoder,
-    distilled_with: DistillConfig,
-    config: EvaluateConfig,
-    progress: Callable[[str, int, int, dict[str, float]], None],
-) -> Row:
-    def train(student: Student, seed: int) -> None:
-        train_on(tag, student, pool, encoder, config.recipe, seed)
-
-    # the kernel predictor, on the encodings of an encoder that nothing has adapted
+def token_set(
+    name: str, tag: SyntheticTAG, pool: ShardPool, encoder: Encoder, distilled_with: DistillConfig, recipe: InnerConfig
+) -> TrainingSet:
+    """A synthetic TAG as a training set. The kernel predictor is scored on the encodings of an encoder that nothing
+    has adapted: the pool must hold such ones."""
     h_s = encoder.encode_embeds(tag.token_embeds, tag.mask)
     krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
-    return _scored(name, len(tag), tag.num_bytes(), krr, train, pool, encoder, config, progress)
+
+    def train(student: Student, seed: int) -> None:
+        train_on(tag, student, pool, encoder, recipe, seed)
+
+    return TrainingSet(name, len(tag), tag.num_bytes(), train, krr)
+
+
+def encoded_set(
+    name: str, tag: SyntheticTAG, pool: ShardPool, distilled_with: DistillConfig, recipe: InnerConfig
+) -> TrainingSet:
+    """Encodings (M, 1, d) in the place of token embeddings: they train students of a frozen encoder alone."""
+    h_s = tag.token_embeds[:, 0]
+    krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
+
+    def train(student: Student, seed: int) -> None:
+        fit_encodings(student, h_s, tag.labels, recipe, seed=seed, select=lambda s: student_accuracy(pool, s, "val"))
+
+    return TrainingSet(name, len(tag), tag.num_bytes(), train, krr)
+
+
+def full_set(pool: ShardPool, encoder: Encoder, recipe: InnerConfig, epochs: int) -> TrainingSet:
+    """Every training node; with adapters ``epochs`` of joint training."""
+    whole, meta = WholeGraph(pool.tag), pool.tag.meta  # read once for all seeds
+
+    def train(student: Student, seed: int) -> None:
+        fit_full(encoder, student, pool, whole, recipe, epochs, seed=seed)
+
+    return TrainingSet("full", meta["split_sizes"]["train"], meta["text"]["train_bytes"], train)
 
 
 def train_on(
@@ -130,46 +162,31 @@ def train_on(
     encoder.fit(student, tag.token_embeds, tag.labels, recipe, mask=tag.mask, seed=seed, select=choose)
 
 
-def _full_set(
+def score(
+    trained_on: TrainingSet,
     pool: ShardPool,
     encoder: Encoder,
     config: EvaluateConfig,
-    progress: Callable[[str, int, int, dict[str, float]], None],
+    progress: Report = lambda *_: None,
 ) -> Row:
-    whole = WholeGraph(pool.tag)  # read once for all seeds
+    """Train ``config.seeds`` students on a set and score each once on the test nodes.
 
-    def train(student: Student, seed: int) -> None:
-        fit_full(encoder, student, pool, whole, config.recipe, config.full_epochs, seed=seed)
-
-    meta = pool.tag.meta
-    size = meta["text"]["train_bytes"]
-    return _scored("full", meta["split_sizes"]["train"], size, None, train, pool, encoder, config, progress)
-
-
-def _scored(
-    name: str,
-    nodes: int,
-    size: int,
-    krr: float | None,
-    train: Callable[[Student, int], None],
-    pool: ShardPool,
-    encoder: Encoder,
-    config: EvaluateConfig,
-    progress: Callable[[str, int, int, dict[str, float]], None],
-) -> Row:
+    The pool ends with the encodings of an encoder that nothing has adapted.
+    """
     scores: list[tuple[float, float, float]] = []
     for seed in range(config.seeds):
         encoder.reset_adapters(seed)
         student = Student(config.student, encoder.width, len(pool.tag.classes), seed)
-        train(student, seed)
+        trained_on.train(student, seed)
         pool.encode(encoder.adapters())
         val, test = pool.student_scores(StudentState.of(student), ["val", "test"])
         scores.append((accuracy(test), macro_f1(test), accuracy(val)))
-        progress(name, seed + 1, config.seeds, {"val": scores[-1][2]})
+        progress(trained_on.name, seed + 1, config.seeds, {"val": scores[-1][2]})
     encoder.reset_adapters(0)
     pool.encode(encoder.adapters())
     test_accuracy, f1, val_accuracy = zip(*scores, strict=True)
-    return Row(name, nodes, size, test_accuracy, f1, val_accuracy, krr)
+    known = trained_on.name, trained_on.nodes, trained_on.bytes
+    return Row(*known, test_accuracy, f1, val_accuracy, trained_on.krr_accuracy)
 
 
 def retention(rows: Sequence[Row], row: Row) -> float | None:

@@ -18,10 +18,16 @@ class RuntimeConfig:
     """Threads of every process (0: all cores; with ray, an actor's share of them). Part of the configuration
     because it changes the last bits."""
     cache: bool = True
-    """Keep the frozen encoder's encodings beside the prepared TAG, for later runs."""
+    """Keep the frozen encoder's encodings, for later runs."""
+    cache_folder: str = ""
+    """Where they are kept: runs on several splits of a graph can share them. Empty: beside the prepared TAG."""
 
     def __post_init__(self) -> None:
         check("runtime", threads=(self.threads >= 0, self.threads, "not negative"))
+
+    def cache_for(self, path: str) -> str:
+        """The folder of encodings for the prepared TAG at ``path``; empty: they are not kept."""
+        return (self.cache_folder or path) if self.cache else ""
 
 
 @dataclass(frozen=True)

@@ -249,3 +249,8 @@ def one_ray():
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first: begun last, one worker would be at it alone while the other has nothing left."""
+    items.sort(key=lambda item: "test_sweep.py" not in item.nodeid)

@@ -1,4 +1,4 @@
-"""Encodings of the frozen encoder, kept beside the prepared TAG: computed once, whoever runs next."""
+"""Encodings of the frozen encoder, kept on storage: computed once, whoever runs next."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from collections.abc import Callable
 import numpy as np
 
 from talk_dist.data import storage
+from talk_dist.data.tag import TokenLists
 from talk_dist.models.protocol import Adapters, Encoder
 
 
 class EncodingCache:
-    """One file a partition and encoder; the name holds what the numbers depend on.
+    """One file a partition and encoder in the folder ``path``; the name holds what the numbers depend on: the weights
+    and the tokens, so that several splits of a graph, prepared each in its folder, can share one cache."""
 
-    ``texts`` is the sha256 hex of the partition's nodes.parquet: a store without rename keeps the old encodings
-    when the graph is prepared again.
-    """
-
-    def __init__(self, path: str, part: int, texts: str):
-        self.path, self.part, self.texts = path, part, texts
+    def __init__(self, path: str, part: int, tokens: TokenLists):
+        self.path, self.part = path, part
+        digest = hashlib.sha256(tokens.offsets.tobytes())
+        digest.update(tokens.values.tobytes())
+        self.texts = digest.hexdigest()
 
     @staticmethod
     def version(adapters: Adapters) -> str:

@@ -17,7 +17,9 @@ import talk_dist
 from cluster import submit
 from cluster.main import completed
 from talk_dist.cli import COMMANDS
+from talk_dist.commands.compare import settings_of
 from talk_dist.commands.settings import read
+from talk_dist.compare.plan import read_plan
 from tuning.space import read_space
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +54,14 @@ def test_jobs_parse(command: str) -> None:
     submit.validate(completed(rest))
 
 
-@pytest.mark.parametrize("block", blocks("yaml"))
+def test_the_plan_reads(tmp_path: Path) -> None:
+    (block,) = (block for block in blocks("yaml") if "methods:" in block)
+    (tmp_path / "plan.yaml").write_text(block)
+    plan = read_plan(str(tmp_path / "plan.yaml"), settings_of)
+    assert [method.kind for method in plan.methods] == ["distill", "distill", "coreset", "features", "features"]
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("yaml") if "methods:" not in block])
 def test_spaces_read(block: str) -> None:
     tree = yaml.safe_load(block)
     space, fixed = read_space(tree, talk_dist.preset())

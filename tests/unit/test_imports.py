@@ -25,7 +25,7 @@ FLOORS = [
     {"runtime", "synthetic"},
     {"distill", "evaluate"},
     {"__init__"},
-    {"commands"},
+    {"commands", "compare"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,1 @@
+"""The laboratory: data sets x methods x sizes x students x seeds, from one plan to one report."""

@@ -1,0 +1,103 @@
+"""One cell of the laboratory: one training set, made by one method on one split of one graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from talk_dist.compare.plan import Method
+from talk_dist.config import DistillConfig
+from talk_dist.data.tag import PreparedTag
+from talk_dist.distill import describe, distill
+from talk_dist.evaluate import TrainingSet, coreset_tag, encoded_set, token_set
+from talk_dist.models.protocol import Encoder
+from talk_dist.runtime.callbacks import Callback
+from talk_dist.runtime.checkpoint import Checkpoint
+from talk_dist.runtime.pool import ShardPool
+from talk_dist.synthetic.artifact import SyntheticTAG
+from talk_dist.synthetic.baselines import FEATURE_LEVEL
+from talk_dist.synthetic.coresets import sample_for
+from talk_dist.synthetic.init import class_counts, embed_texts, fit_tokens
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``size`` and ``adapters`` as in the plan, ``seed`` of the split and of the method."""
+
+    data: str
+    seed: int
+    method: Method
+    size: float
+    adapters: bool
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        kind = "adapters" if self.adapters else "frozen"
+        words = [self.data, f"split {self.seed}", self.method.name, f"{self.size:g}", kind]
+        return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
+
+    @property
+    def possible(self) -> bool:
+        """Encodings without texts train no encoder."""
+        return not (self.adapters and self.method.kind == "features" and not self.method.invert)
+
+    def config(self, classes: int) -> DistillConfig:
+        """The method's settings on this split; size 0 is one node a class."""
+        base = self.method.config
+        return dataclasses.replace(
+            base,
+            seed=self.seed,
+            encoder=dataclasses.replace(base.encoder, adapters=self.adapters),
+            synthetic=dataclasses.replace(base.synthetic, size=self.size or classes),
+        )
+
+    def make(
+        self, tag: PreparedTag, pool: ShardPool, encoder: Encoder, callbacks: list[Callback], checkpoint: Checkpoint
+    ) -> SyntheticTAG:
+        """The set, with the seconds it took. The pool holds the encodings of a fresh encoder."""
+        config, started = self.config(len(tag.classes)), time.monotonic()
+        if self.method.kind == "distill":
+            made = distill(pool, encoder, config, callbacks, checkpoint)
+        else:
+            made = self._baseline(tag, pool, encoder, config, callbacks)
+        seconds = {"seconds": time.monotonic() - started}
+        return dataclasses.replace(made, metrics=made.metrics | {"made": seconds})
+
+    def _baseline(
+        self, tag: PreparedTag, pool: ShardPool, encoder: Encoder, config: DistillConfig, callbacks: list[Callback]
+    ) -> SyntheticTAG:
+        counts, about = class_counts(tag, config.synthetic.size), describe(pool, encoder, config)
+        if self.method.kind == "coreset":
+            made, size = coreset_tag(pool, encoder, counts, self.method.source, self.seed)
+            return dataclasses.replace(made, config=about | {"storage": "float32", "token_ids_bytes": size})
+
+        def report(stage: str, done: int, total: int, facts: dict[str, float]) -> None:
+            for callback in callbacks:
+                callback.progress(stage, done, total, facts)
+
+        sample = sample_for(pool, counts, self.seed)
+        h_s, y_s = FEATURE_LEVEL[self.method.source](sample, counts, self.seed)
+        if not self.method.invert:
+            return SyntheticTAG(h_s[:, None], y_s, config=about | {"level": "features"}).as_stored()
+        x_s = embed_texts(pool, encoder, sample, counts, "medoid", config)
+        return SyntheticTAG(fit_tokens(encoder, x_s, h_s, config, report), y_s, config=about).as_stored()
+
+
+def training_set(
+    cell: Cell, made: SyntheticTAG, pool: ShardPool, encoder: Encoder, config: DistillConfig, recipe: Any
+) -> TrainingSet:
+    """What students are trained on."""
+    if made.config.get("level") == "features":
+        return encoded_set(cell.method.name, made, pool, config, recipe)
+    trained = token_set(cell.method.name, made, pool, encoder, config, recipe)
+    return dataclasses.replace(trained, bytes=int(made.config.get("token_ids_bytes", trained.bytes)))
+
+
+def encodings(made: SyntheticTAG, encoder: Encoder) -> torch.Tensor:
+    """(M, d) of a set, for a picture."""
+    return made.token_embeds[:, 0] if made.config.get("level") else encoder.encode_embeds(made.token_embeds, made.mask)

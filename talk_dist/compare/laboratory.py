@@ -1,0 +1,225 @@
+"""Run a plan, cell by cell; every result is on disk before the next begins, so that any end can be gone on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from talk_dist import __version__
+from talk_dist.commands import preflight
+from talk_dist.commands.call import EMBEDDED, Call, api_name
+from talk_dist.commands.folder import RunFolder
+from talk_dist.commands.place import place
+from talk_dist.commands.report import machine
+from talk_dist.commands.runs import identity
+from talk_dist.compare.cell import Cell, encodings, training_set
+from talk_dist.compare.picture import draw_encodings
+from talk_dist.compare.plan import Method, Plan
+from talk_dist.config import DistillConfig, StudentConfig
+from talk_dist.data import storage, tables
+from talk_dist.data.prepare import prepare
+from talk_dist.data.python_api import build_python_api
+from talk_dist.data.tag import PreparedTag
+from talk_dist.errors import ConfigError
+from talk_dist.evaluate import EvaluateConfig, Row, full_set, score
+from talk_dist.models.protocol import Encoder
+from talk_dist.runtime.callbacks import Callback, ProgressLines
+from talk_dist.runtime.checkpoint import Checkpoint, differences
+from talk_dist.runtime.pool import ShardPool
+from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
+
+Record = dict[str, Any]
+FULL = "full"
+
+
+class Laboratory:
+    """``folder`` holds prepared graphs, sets and one JSON file a row."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, call: Call):
+        self.plan, self.folder, self.call = plan, folder, call
+        self.lines = ProgressLines()
+        self.callbacks: list[Callback] = [call.stop, self.lines]
+        self.about = {"version": __version__, "revision": revision(), "machine": machine(), "command": call.command}
+
+    def run(self) -> Iterator[Record]:
+        """Every row of the plan, as it becomes known or is read again.
+
+        Raises ConfigError if a row was made with other settings.
+        """
+        plan, frozen_encoder = self.plan, plan_encoder(self.plan)
+        for (data, tables_of), seed in itertools.product(plan.data.items(), plan.splits):
+            tag = self._prepared(data, tables_of, seed, frozen_encoder)
+            for adapters, student in itertools.product(plan.adapters, plan.students):
+                yield from self._reference(data, seed, tag, adapters, student)
+            for size, method, adapters in itertools.product(plan.sizes, plan.methods, plan.adapters):
+                cell = Cell(data, seed, method, size, adapters)
+                if cell.possible:
+                    yield from self._cell(cell, tag)
+
+    def pictures(self) -> dict[str, bytes]:
+        """Title -> PNG of the encodings of the first method's sets, as far as they were drawn."""
+        cells = (Cell(d, s, m, size, False) for d, s, m, size in self._grid())
+        paths = {cell.name: self.folder.path("pictures", f"{cell.name}.png") for cell in cells if self._drawn(cell)}
+        return {name: storage.read_bytes(path) for name, path in paths.items() if storage.exists(path)}
+
+    def _grid(self) -> Iterator[tuple[str, int, Method, float]]:
+        return itertools.product(self.plan.data, self.plan.splits, self.plan.methods, self.plan.sizes)
+
+    def _drawn(self, cell: Cell) -> bool:
+        return (cell.method.name, cell.seed, cell.adapters) == (self.plan.methods[0].name, self.plan.splits[0], False)
+
+    # -- one cell -----------------------------------------------------------------------------------------
+
+    def _cell(self, cell: Cell, tag: PreparedTag) -> Iterator[Record]:
+        config = cell.config(len(tag.classes))
+        known = {student: self._row(cell, student, tag) for student in self.plan.students}
+        if all(known.values()):
+            yield from (row for row in known.values() if row)
+            return
+        with self._opened(tag, config) as (pool, encoder):
+            made = self._made(cell, tag, pool, encoder, config)
+            encoder.reset_adapters(0)
+            self._encode(pool, encoder)
+            for student, row in known.items():
+                evaluation = self._evaluation(student)
+                if row is None:
+                    trained = training_set(cell, made, pool, encoder, config, evaluation.recipe)
+                    scored = score(trained, pool, encoder, evaluation, self._progress)
+                    row = self._keep(cell, student, tag, scored, {"seconds": made.metrics["made"]["seconds"]})
+                yield row
+
+    def _made(
+        self, cell: Cell, tag: PreparedTag, pool: ShardPool, encoder: Encoder, config: DistillConfig
+    ) -> SyntheticTAG:
+        path = self.folder.path("sets", cell.name)
+        if storage.exists(storage.join(path, CONFIG)):
+            made = SyntheticTAG.from_pretrained(path)
+            _same(path, made.metrics["made"]["identity"], self._identity(cell, tag))
+            return made
+        encoder.reset_adapters(config.seed)
+        self._encode(pool, encoder)
+        checkpoint = Checkpoint(self.folder.path("work", f"{cell.name}.safetensors"), identity(tag, encoder, config))
+        made = cell.make(tag, pool, encoder, self.callbacks, checkpoint)
+        facts = made.metrics["made"] | {"identity": self._identity(cell, tag)}
+        made = dataclasses.replace(made, metrics=made.metrics | {"made": facts})
+        if self._drawn(cell):
+            encoder.reset_adapters(0)
+            self._encode(pool, encoder)
+            picture = draw_encodings(pool, encodings(made, encoder).numpy(), made.labels.argmax(1).numpy(), cell.name)
+            storage.write_atomic(self.folder.path("pictures", f"{cell.name}.png"), picture)
+        made.save_pretrained(path)
+        return made
+
+    def _reference(self, data: str, seed: int, tag: PreparedTag, adapters: bool, student: str) -> Iterator[Record]:
+        """Everything as the training set, its learning rate chosen on validation nodes: test is read for that one."""
+        method = Method(FULL, FULL, "", self.plan.settings)
+        cell = Cell(data, seed, method, 0, adapters)
+        config, evaluation = cell.config(len(tag.classes)), self._evaluation(student)
+        row = self._row(cell, student, tag)
+        if row is None:
+            with self._opened(tag, config) as (pool, encoder):
+                encoder.reset_adapters(0)
+                self._encode(pool, encoder)
+                tried: dict[float, Row] = {}
+                for rate in self.plan.full_lr:
+                    recipe = dataclasses.replace(evaluation.recipe, gnn_lr=rate)
+                    everything = full_set(pool, encoder, recipe, evaluation.full_epochs)
+                    tried[rate] = score(everything, pool, encoder, evaluation, self._progress)
+                rate = max(tried, key=lambda rate: float(np.mean(tried[rate].val_accuracy)))
+            row = self._keep(cell, student, tag, tried[rate], {"gnn_lr": rate})
+        yield row
+
+    # -- what is known ------------------------------------------------------------------------------------
+
+    def _identity(self, cell: Cell, tag: PreparedTag, student: str = "") -> Record:
+        """What a set, or a student's row, depends on, as JSON keeps it."""
+        config, method = cell.config(len(tag.classes)).to_dict(), cell.method
+        tree = {name: value for name, value in config.items() if name not in ("runtime", "cluster")}
+        tree |= {"data hash": tag.meta["hash"], "method": [method.kind, method.source, method.invert]}
+        if student:
+            tree["evaluation"] = dataclasses.asdict(self._evaluation(student)) | {"full_lr": self.plan.full_lr}
+        return dict(json.loads(json.dumps(tree)))
+
+    def _row(self, cell: Cell, student: str, tag: PreparedTag) -> Record | None:
+        path = self.folder.path("rows", f"{cell.name}-{student}.json")
+        if not storage.exists(path):
+            return None
+        row: Record = storage.read_json(path)
+        _same(path, row["identity"], self._identity(cell, tag, student))
+        return row
+
+    def _keep(self, cell: Cell, student: str, tag: PreparedTag, scored: Row, facts: Record) -> Record:
+        row = {"data": cell.data, "split": cell.seed, "method": cell.method.name, "size": cell.size}
+        row |= {"adapters": cell.adapters, "student": student} | dataclasses.asdict(scored) | facts | self.about
+        row |= {"identity": self._identity(cell, tag, student)}
+        storage.write_atomic(self.folder.path("rows", f"{cell.name}-{student}.json"), storage.to_json(row))
+        return row
+
+    def _evaluation(self, student: str) -> EvaluateConfig:
+        return EvaluateConfig(seeds=self.plan.seeds, student=StudentConfig(kind=student))  # type: ignore[arg-type]
+
+    # -- small things -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _opened(self, tag: PreparedTag, config: DistillConfig) -> Iterator[tuple[ShardPool, Encoder]]:
+        problems = preflight.Problems()
+        preflight.check_tag(tag, config, ("val", "test"), problems)
+        problems.done()
+        runtime = config.runtime  # the splits of a graph share their encodings
+        shared = runtime.cache_folder or self.folder.path("encodings")
+        with place(dataclasses.replace(config, runtime=dataclasses.replace(runtime, cache_folder=shared))) as where:
+            encoder, plan = where.encoder(), preflight.check_memory(tag, config, EvaluateConfig())
+            yield where.pool(tag, encoder, lambda parts: plan.actor(parts).host), encoder
+
+    def _prepared(self, data: str, spec: dict[str, Any], seed: int, encoder: str) -> PreparedTag:
+        if spec["prepared"]:
+            return PreparedTag(spec["prepared"])
+        path = self.folder.path("prepared", f"{data}-{seed}")
+        if storage.exists(storage.join(path, "META.json")):
+            return PreparedTag(path)
+        if data == EMBEDDED:
+            source, name = tables.from_arrow(*build_python_api()), api_name()
+        else:
+            source, name = tables.open_tables(spec["nodes"], spec["edges"] or None), data
+        rest = {key: spec[key] for key in ("max_tokens", "parts", "use_split_column")}
+        return prepare(source, path, encoder=encoder, split_seed=seed, name=name, **rest)
+
+    def _encode(self, pool: ShardPool, encoder: Encoder) -> None:
+        pool.encode(encoder.adapters(), lambda done, total: self._progress("encode", done, total, {}))
+
+    def _progress(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        for callback in self.callbacks:
+            callback.progress(stage, done, total, metrics)
+
+
+def _same(path: str, saved: Record, now: Record) -> None:
+    if changed := differences(saved, now):
+        raise ConfigError(f"{path} was made with other settings ({'; '.join(changed)}); choose another --out")
+
+
+def plan_encoder(plan: Plan) -> str:
+    """The one encoder whose tokenizer prepares the graphs. Raises ConfigError if the methods want several."""
+    names = {method.config.encoder.name for method in plan.methods}
+    if len(names) > 1:
+        raise ConfigError(f"the methods name the encoders {', '.join(sorted(names))}: one plan, one encoder")
+    return names.pop()
+
+
+def revision() -> str:
+    """The git revision of this code, or nothing where it is installed without one."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()

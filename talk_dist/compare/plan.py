@@ -1,0 +1,123 @@
+"""A plan: what is compared with what, on what, read from one YAML file and checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import yaml
+
+from talk_dist.config import DistillConfig, StudentKind
+from talk_dist.errors import ConfigError
+from talk_dist.schema import unknown_key
+from talk_dist.synthetic.baselines import FEATURE_LEVEL
+from talk_dist.synthetic.coresets import METHODS as CORESETS
+
+Read = Callable[[list[str]], DistillConfig]  # settings of a distillation from words of a command line
+TABLES = {"prepared": "", "nodes": "", "edges": "", "max_tokens": 128, "parts": 1, "use_split_column": False}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a training set of M nodes is made: distilled, chosen among real texts, or encodings without texts."""
+
+    name: str
+    kind: str  # "distill", "coreset" or "features"
+    source: str  # the coreset's or the features' name
+    config: DistillConfig
+    invert: bool = False  # features: find the tokens that produce them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``data``: name -> settings of `prepare`; the rest is combined with one another."""
+
+    data: dict[str, dict[str, Any]]
+    methods: list[Method]
+    sizes: tuple[float, ...] = (0.01,)
+    """Below 1 a fraction of all nodes; a whole number of nodes; 0 is one node a class."""
+    students: tuple[str, ...] = ("gcn",)
+    adapters: tuple[bool, ...] = (False,)
+    splits: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the random splits, and of the methods on them."""
+    seeds: int = 3
+    """Students trained on each set."""
+    full_lr: tuple[float, ...] = (1e-3, 5e-3, 1e-2)
+    """Learning rates among which the reference, trained on everything, has its own chosen on validation nodes."""
+    settings: DistillConfig = field(default_factory=DistillConfig)
+    """What all methods, and the reference, start from: the encoder and the like."""
+    tree: dict[str, Any] = field(default_factory=dict)
+    """As it was read."""
+
+
+def read_plan(path: str, read: Read) -> Plan:
+    """The plan at ``path``. Raises one ConfigError that lists every problem, with the nearest known name."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(k), dict) and tree[k] for k in ("data", "methods")):
+        raise ConfigError(f"{path}: needs `data:` and `methods:`, each with named entries under it")
+    known = [name for name in Plan.__dataclass_fields__ if name != "tree"]
+    problems = [f"{path}: {unknown_key(key, known)}" for key in tree if key not in known]
+    common, methods, plain = tree.get("settings") or {}, [], DistillConfig()
+    try:
+        plain = read(_words(common))
+    except ConfigError as error:
+        problems.append(f"{path}: settings: {error}")
+        common = {}
+    for name, entry in tree["methods"].items():
+        try:
+            methods.append(_method(str(name), entry, common, read))
+        except ConfigError as error:
+            problems.append(f"{path}: methods.{name}: {error}")
+    data = {}
+    for name, entry in tree["data"].items():
+        wrong = [f"{path}: data.{name}: {unknown_key(key, list(TABLES))}" for key in entry or {} if key not in TABLES]
+        problems += wrong
+        data[str(name)] = TABLES | (entry or {})
+    own = ("data", "methods", "settings")
+    rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items() if k not in own}
+    if not problems:
+        plan = Plan(data, methods, settings=plain, tree=tree, **rest)
+        problems = [f"{path}: {problem}" for problem in _wrong(plan)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return plan
+
+
+def _method(name: str, entry: Any, common: Mapping[str, Any], read: Read) -> Method:
+    if not isinstance(entry, Mapping):
+        raise ConfigError("give `preset:`, `coreset:` or `features:` and settings under it")
+    settings = dict(common) | dict(entry)
+    kinds = {"coreset": list(CORESETS), "features": list(FEATURE_LEVEL)}
+    kind = next((kind for kind in kinds if kind in settings), "distill")
+    source, invert = settings.pop(kind, ""), bool(settings.pop("invert", False))
+    if kind != "distill" and source not in kinds[kind]:
+        raise ConfigError(f"{kind} = {source!r}: one of {', '.join(kinds[kind])}")
+    return Method(name, kind, source, read(_words(settings)), invert)
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as a command line has them."""
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+
+
+def _wrong(plan: Plan) -> list[str]:
+    checks = {
+        "sizes": (all(isinstance(s, int | float) and s >= 0 for s in plan.sizes), "fractions, or numbers of nodes"),
+        "students": (set(plan.students) <= set(get_args(StudentKind)), f"some of {', '.join(get_args(StudentKind))}"),
+        "adapters": (set(plan.adapters) <= {False, True}, "[false], [true] or [false, true]"),
+        "splits": (all(isinstance(s, int) for s in plan.splits), "a list of seeds"),
+        "seeds": (isinstance(plan.seeds, int) and plan.seeds > 0, "a number of students, at least 1"),
+        "full_lr": (all(isinstance(r, float) and r > 0 for r in plan.full_lr), "learning rates above 0"),
+    }
+    wrong = []
+    for name, (holds, need) in checks.items():
+        value = getattr(plan, name)
+        if not holds or value == ():
+            wrong.append(f"{name} = {value!r}: must be {need}")
+    return wrong

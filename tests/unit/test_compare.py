@@ -1,0 +1,178 @@
+"""The laboratory: its rows are what `evaluate` says, it goes on from anywhere, and a wrong plan is refused whole."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from talk_dist.commands.compare import settings_of
+from talk_dist.compare import laboratory, report
+from talk_dist.compare.plan import read_plan
+from talk_dist.config import DistillConfig
+from talk_dist.evaluate import EvaluateConfig, evaluate
+from talk_dist.runtime.pool import LocalPool
+
+LITTLE = {
+    "synthetic.tokens": 4,
+    "two_stage.feature_steps": 4,
+    "two_stage.token_steps": 4,
+    "two_stage.validate_every": 2,
+    "outer.epochs": 1,
+    "outer.steps": 2,
+}
+METHODS = {
+    "talk": {"preset": "quick", **LITTLE},
+    "medoid": {"coreset": "medoid"},
+    "centres": {"features": "centres"},
+    "inverted": {"features": "centres", "invert": True, **LITTLE},
+}
+
+
+@pytest.fixture
+def plan(tags, encoder_folder, tmp_path):
+    """plan(**changes) -> the path of a plan; None leaves an entry out."""
+    common = {"encoder.name": encoder_folder, "encoder.pooling": "mean", "encoder.precision": "float32"}
+    common |= {"runtime.threads": 1, "inner.passes": 20}
+
+    def write(**changes):
+        tree = {"data": {"toy": {"prepared": tags[2].path}}, "settings": common, "methods": METHODS}
+        tree |= {"sizes": [6], "splits": [0], "seeds": 2, "full_lr": [5e-3]}
+        path = tmp_path / "plan.yaml"
+        path.write_text(
+            yaml.safe_dump(
+                {key: value for key, value in (tree | changes).items() if value is not None}, sort_keys=False
+            )
+        )
+        return str(path)
+
+    return write
+
+
+def rows_in(folder):
+    """Every row without what a clock says."""
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    return [{key: value for key, value in row.items() if key not in ("seconds", "command")} for row in rows]
+
+
+def test_a_row_is_what_evaluate_says(plan, told, tags, make_encoder, tmp_path):
+    told("compare", plan(), "--out", tmp_path / "out")
+    rows = {row["method"]: row for row in rows_in(tmp_path / "out")}
+    assert list(rows) == ["full", *METHODS]
+    encoder, config = make_encoder(), DistillConfig()
+    pool = LocalPool(tags[2], encoder, config.kernel, config.runtime)
+    medoid = laboratory.SyntheticTAG.from_pretrained(tmp_path / "out" / "sets" / "toy-split_0-medoid-6-frozen")
+    expected = evaluate(pool, encoder, medoid, config, EvaluateConfig(seeds=2, against=("full", "medoid")))
+    for name, row in zip(("medoid", "full"), expected, strict=False):
+        assert rows[name]["accuracy"] == list(row.accuracy)
+        assert rows[name]["val_accuracy"] == list(row.val_accuracy)
+        assert rows[name]["krr_accuracy"] == row.krr_accuracy
+    assert rows["medoid"]["bytes"] == expected[2].bytes  # token ids, not their embeddings
+    assert rows["centres"]["bytes"] < rows["inverted"]["bytes"]
+
+
+def test_it_goes_on_from_anywhere_to_the_same_rows(plan, told, tmp_path, monkeypatch):
+    path = plan(students=["gcn", "sgc"])
+    told("compare", path, "--out", tmp_path / "whole")
+    score, calls = laboratory.score, 0
+
+    def stopped(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(laboratory, "score", stopped)
+    codes = []
+    while not codes or codes[-1]:
+        codes.append(laboratory_exit(path, tmp_path / "cut"))
+    assert codes == [130] * (len(codes) - 1) + [0]
+    assert len(codes) == 5  # ten rows, two a start
+    assert rows_in(tmp_path / "cut") == rows_in(tmp_path / "whole")
+
+
+def laboratory_exit(path, out):
+    from talk_dist.cli import main
+
+    return main(["compare", path, "--out", str(out)])
+
+
+def test_rows_of_other_settings_are_refused(plan, told, tmp_path):
+    told("compare", plan(methods={"medoid": {"coreset": "medoid"}}), "--out", tmp_path / "out")
+    _, err = told("compare", plan(methods={"medoid": {"coreset": "random"}}), "--out", tmp_path / "out", code=2)
+    assert "medoid-6-frozen-gcn.json was made with other settings" in err
+    assert "method" in err
+
+
+def test_encodings_train_no_encoder(plan, told, tmp_path):
+    told("compare", plan(adapters=[True], methods={"c": METHODS["centres"], "i": METHODS["inverted"]}, seeds=1),
+         "--out", tmp_path / "out")  # fmt: skip
+    assert [row["method"] for row in rows_in(tmp_path / "out")] == ["full", "i"]
+
+
+def test_one_node_a_class(plan, told, tmp_path):
+    told("compare", plan(sizes=[0], methods={"medoid": {"coreset": "medoid"}}), "--out", tmp_path / "out")
+    assert [row["nodes"] for row in rows_in(tmp_path / "out")][1] == 3
+
+
+def test_all_that_is_wrong_is_told_before_anything_runs(plan, told, tmp_path):
+    wrong = {"talk": {"preset": "quick", "outer.epoch": 1}, "best": {"coreset": "best"}, "odd": 3}
+    path = plan(methods=wrong, data={"toy": {"node": "x"}}, sise=[0.01])
+    _, err = told("compare", path, "--out", tmp_path / "out", code=2)
+    for words in (
+        "unknown setting 'sise'; the nearest known one is 'sizes'",
+        "methods.talk: unknown setting '--outer.epoch'; the nearest known one is '--outer.epochs'",
+        "methods.best: coreset = 'best': one of random, herding, kcenter, medoid",
+        "methods.odd: give `preset:`, `coreset:` or `features:`",
+        "data.toy: unknown setting 'node'; the nearest known one is 'nodes'",
+    ):
+        assert words in err
+    assert not (tmp_path / "out").exists()
+    _, err = told("compare", plan(students=["mlp"], seeds=0), "--out", tmp_path / "out", code=2)
+    assert "students = ('mlp',): must be some of gcn, sage, sgc, appnp, gat" in err
+    assert "seeds = 0: must be a number of students, at least 1" in err
+
+
+def test_a_plan_of_two_encoders_is_refused(plan, other_encoder_folder):
+    two = {"a": {"coreset": "random"}, "b": {"coreset": "random", "encoder.name": other_encoder_folder}}
+    with pytest.raises(laboratory.ConfigError, match="one plan, one encoder"):
+        laboratory.plan_encoder(read_plan(plan(methods=two), settings_of))
+
+
+def test_the_summary_by_hand():
+    def row(method, data, accuracy, krr=None, size=0.01):
+        facts = {"adapters": False, "student": "gcn", "size": size, "nodes": 3, "bytes": 10, "macro_f1": [0.5]}
+        facts |= {"method": method, "data": data, "accuracy": accuracy, "val_accuracy": [0.5], "krr_accuracy": krr}
+        return facts
+
+    lines = report.summary(
+        [
+            row("full", "a", [0.8, 1.0], size=0),
+            row("talk", "a", [0.8, 0.9], 0.9),
+            row("talk", "a", [0.9, 1.0], 1.0),
+            row("full", "b", [0.5], size=0),
+            row("talk", "b", [0.4], 0.4),
+        ]
+    )
+    talk = next(line for line in lines if (line["method"], line["data"]) == ("talk", "a"))
+    assert talk["accuracy"] == pytest.approx(0.9)
+    assert talk["spread"] == pytest.approx(np.std([0.8, 0.9, 0.9, 1.0]))
+    assert talk["retention"] == pytest.approx(1.0)
+    assert talk["gap"] == pytest.approx(0.05)
+    (mean,) = report.averages(lines)
+    assert mean["retention"] == pytest.approx(0.9)
+    assert (mean["worst"], mean["worst on"], mean["data sets"]) == (pytest.approx(0.8), "b", 2)
+
+
+def test_the_report_holds_everything(plan, told, tmp_path):
+    out, _ = told("compare", plan(methods={"talk": METHODS["talk"]}), "--out", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png") == 4  # retention against three things, and the encodings
+    assert "talk-dist compare" in page
+    assert "| talk | gcn | 6 |" in out
+    row = json.loads((tmp_path / "out" / "rows" / "toy-split_0-talk-6-frozen-gcn.json").read_text())
+    assert {"machine", "version", "revision", "command", "seconds"} <= row.keys()
