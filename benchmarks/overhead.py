@@ -26,8 +26,8 @@ from talk_dist import LocalPool, PreparedTag, TextEncoder, prepare
 from talk_dist.config import EncoderConfig, KernelConfig
 from talk_dist.data.tables import from_arrow
 from talk_dist.resources import ClusterConfig, RuntimeConfig
+from talk_dist.runtime.boundary import LossSpec
 from talk_dist.runtime.pool import ShardPool
-from talk_dist.runtime.shard import LossSpec
 
 WORDS = ("graph", "node", "edge", "text", "kernel", "ridge", "label", "token", "shard", "halo", "degree", "hub")
 CLASSES, WIDTH = 8, 384

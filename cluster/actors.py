@@ -13,8 +13,9 @@ import torch
 from cluster.borrowed import BorrowedEncoder, Lender
 from talk_dist.config import EncoderConfig
 from talk_dist.models.encoder import load_encoder
+from talk_dist.runtime.boundary import ShardSpec
 from talk_dist.runtime.pool import peak_gpu_memory, peak_memory
-from talk_dist.runtime.shard import Shard, ShardSpec
+from talk_dist.runtime.shard import Shard
 
 SERVE = "serve"  # its own thread: an actor that waits for a peer's rows still serves its own
 

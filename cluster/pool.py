@@ -24,6 +24,7 @@ from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.errors import ShardError
 from talk_dist.models.protocol import Adapters, Progress
 from talk_dist.resources import ClusterConfig, RuntimeConfig
+from talk_dist.runtime.boundary import LossSpec, ShardGrads, ShardSpec, StudentState
 from talk_dist.runtime.encodings import EncodingCache
 from talk_dist.runtime.estimate import gib
 from talk_dist.runtime.meter import Meter
@@ -37,7 +38,6 @@ from talk_dist.runtime.pool import (
     peak_gpu_memory,
     peak_memory,
 )
-from talk_dist.runtime.shard import LossSpec, ShardGrads, ShardSpec, StudentState
 
 
 class RayPool:
@@ -61,11 +61,13 @@ class RayPool:
             self._lends.lender if self._lends else dataclasses.replace(encoder, name=everywhere(encoder.name))
         )
         path = everywhere(tag.path)
-        self._specs = [ShardSpec(path, part, kernel, runtime.cache) for part in range(tag.num_parts)]
+        cache = everywhere(runtime.cache_for(path))
+        self._specs = [ShardSpec(path, part, kernel, cache) for part in range(tag.num_parts)]
         self._level = dict.fromkeys(range(tag.num_parts), 0)  # part -> phases of `_bring_up` behind it
         self._halo_depth = max(1, kernel.hops - 1)
         self._version: str | None = None
         self._adapters: Any = None
+        self._teachers: Any = None
         self._bytes_moved = 0
         self._crew = Crew(allotment, cluster, self._lost, self._explain)
 
@@ -75,14 +77,22 @@ class RayPool:
 
     # -- the protocol -------------------------------------------------------------------------------------
 
-    def encode(self, adapters: Adapters, progress: Progress | None = None) -> None:
+    def encode(self, adapters: Adapters, progress: Progress | None = None) -> bool:
         version = EncodingCache.version(adapters)
-        if version != self._version:
+        if fresh := version != self._version:
             if self._lends:
                 self._lends.load_adapters(adapters)
-            self._version, self._adapters = version, self._broadcast(adapters)
+            self._version, self._adapters, self._teachers = version, self._broadcast(adapters), None
             self._level = {part: min(level, 1) for part, level in self._level.items()}
         self._bring_up(Failures(), progress)
+        return fresh
+
+    def learn(self, teachers: Sequence[StudentState]) -> None:
+        self._teachers = None
+        taught = len(self._phases())
+        self._teachers = self._broadcast(list(teachers))
+        self._level = {part: min(level, taught) for part, level in self._level.items()}
+        self._bring_up(Failures())
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         arguments = self._broadcast(h_s), self._broadcast(dual), loss
@@ -151,7 +161,7 @@ class RayPool:
     def _phases(self) -> list[tuple[str, Start]]:
         """What makes an empty actor's shard ready, with the actors as they are now."""
         threads = self._crew.allotment.threads
-        return [
+        phases: list[tuple[str, Start]] = [
             ("load", lambda part: self._actor(part).load.remote(self._specs[part], self._encoder, threads)),
             ("encode", lambda part: self._actor(part).encode.remote(part, self._adapters, self._workers())),
             ("exchange", self._exchange("H", 1)),
@@ -159,6 +169,9 @@ class RayPool:
             ("exchange", self._exchange("Z", self._halo_depth)),
             ("propagate", lambda part: self._actor(part).call.remote(part, "measure_norms")),
         ]
+        if self._teachers is not None:
+            phases.append(("learn", lambda part: self._actor(part).call.remote(part, "learn", self._teachers)))
+        return phases
 
     def _student_scores(
         self, state: Any, stages: int, splits: Sequence[str], failures: Failures

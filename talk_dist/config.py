@@ -119,6 +119,8 @@ class TwoStageConfig:
     """Step size of the token embeddings."""
     validate_every: int = 20
     """Train and validate a fresh student each so many feature steps; the best encodings are kept."""
+    soft_labels: bool = True
+    """Validate the kernel predictor's own word on the synthetic nodes as labels too, and keep the better ones."""
 
     def __post_init__(self) -> None:
         check(
@@ -129,11 +131,14 @@ class TwoStageConfig:
         )
 
 
+StudentKind = Literal["gcn", "sage", "sgc", "appnp", "gat"]
+
+
 @dataclass(frozen=True)
 class StudentConfig:
     """The graph neural network on top of the encoder."""
 
-    kind: Literal["gcn", "sage", "sgc", "appnp", "gat"] = "gcn"
+    kind: StudentKind = "gcn"
     """Architecture."""
     hidden: int = 256
     """Hidden width."""
@@ -194,6 +199,9 @@ class OuterConfig:
     """Learning rate of learned labels."""
     weight_decay: float = 0.0
     """AdamW weight decay of the token embeddings."""
+    targets: Literal["teacher", "labels"] = "teacher"
+    """What the kernel predictor is to say: the labels of the training rows (the paper's), or, of every row, what a
+    student says that was trained on all labelled training rows. No label of another split is read either way."""
     loss: Literal["mse", "ce"] = "mse"
     """Squared error (the paper's) or cross-entropy with a learned temperature."""
     temperature_lr: float = 0.05
@@ -254,6 +262,6 @@ def preset(name: str = "default") -> DistillConfig:
             kernel=KernelConfig(norms="linear", ridge=1e-5),
             synthetic=SyntheticConfig(tokens=256, init="random", storage="float32"),
             inner=InnerConfig(passes=90, gnn_lr=1e-3, adapter_lr=1e-4),
-            outer=OuterConfig(epochs=80, steps=8, lr=1e-4, loss="mse", patience=80),
+            outer=OuterConfig(epochs=80, steps=8, lr=1e-4, targets="labels", patience=80),
         )
     raise ConfigError(f"unknown preset {name!r}; one of default, quick, paper")

@@ -21,6 +21,7 @@ from talk_dist.runtime.callbacks import Callback, Callbacks
 from talk_dist.runtime.checkpoint import Checkpoint, DistillState, OuterOptimizer
 from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool
+from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.init import initialise
 
@@ -38,12 +39,12 @@ def distill(
     the same result. The test split is never read. Raises ConfigError and NotPSDError.
     """
     tell = Callbacks(callbacks)
-    objective = Objective(pool, config)
+    objective, real = Objective(pool, config), RealSide(pool, config)
     started = time.monotonic()
     state = checkpoint.load() if checkpoint else None
     if state is None:
         encoder.reset_adapters(config.seed)
-        pool.encode(encoder.adapters(), lambda done, total: tell.progress("encode", done, total, {}))
+        real.encode(encoder, tell.progress)
         start = initialise(pool, encoder, config, tell.progress)
         state = DistillState(start.x_s, start.y_s, torch.tensor(start.log_temperature, dtype=torch.float64))
         if checkpoint:
@@ -59,7 +60,7 @@ def distill(
         with meter.time("inner"):
             batch = config.outer.inject_batch
             inner = encoder.fit(student, state.x_s, state.y_s, config.inner, seed=seed, batch=batch)
-        pool.encode(encoder.adapters(), lambda done, total: tell.progress("encode", done, total, {}))
+        real.encode(encoder, tell.progress)
         with meter.time("validate"):
             h_s = encoder.encode_embeds(state.x_s, batch=batch)
             record: dict[str, Any] = {

@@ -76,14 +76,16 @@ def kernel_ss(h_s, hops, layers):
     return theta
 
 
-def krr_loss(k_ss, k_ts, y_s, labels, ridge, kind, log_temperature):
-    """The outer objective on the rows of ``k_ts``, as one differentiable expression."""
+def krr_loss(k_ss, k_ts, y_s, targets, ridge, kind, log_temperature):
+    """The outer objective on the rows of ``k_ts``, as one differentiable expression. ``targets``: labels (rows,), or
+    class probabilities (rows, C)."""
     m, num_classes = y_s.shape
     a = k_ss + ridge * k_ss.trace() / m * torch.eye(m, dtype=k_ss.dtype)
     scores = k_ts @ torch.linalg.solve(a, y_s)
     if kind == "mse":
-        return (scores - one_hot(labels, num_classes)).square().mean()
-    return cross_entropy(scores * log_temperature.exp(), labels)
+        wanted = targets if targets.ndim == 2 else one_hot(targets, num_classes)
+        return (scores - wanted).square().mean()
+    return cross_entropy(scores * log_temperature.exp(), targets)
 
 
 def directional_difference(function, point, direction, step=1e-5):

@@ -95,7 +95,9 @@ class Partition:
         return len(self.node)
 
     def rows_of(self, split: str) -> np.ndarray:
-        """Own rows (ascending) that are in ``split`` and labelled."""
+        """Own rows (ascending) that are in ``split`` and labelled; ``all``: every own row, labelled or not."""
+        if split == "all":
+            return np.arange(self.num_own)
         return np.flatnonzero((self.split == SPLITS.index(split)) & (self.label >= 0))
 
 

@@ -72,21 +72,19 @@ class LossSums:
     d_log_temperature: Tensor  # ()
 
 
-def loss_sums(scores: Tensor, labels: Tensor, kind: str, log_temperature: float = 0.0) -> LossSums:
-    """Loss of the scores F (rows, C) against class indices (rows,), *summed* over rows.
+def loss_sums(scores: Tensor, targets: Tensor, kind: str, log_temperature: float = 0.0) -> LossSums:
+    """Loss of the scores F (rows, C) against class probabilities ``targets`` (rows, C), *summed* over rows.
 
-    ``mse``: squared distance to the one-hot label (the paper's). ``ce``: cross-entropy of
+    ``mse``: squared distance (the paper's, with one-hot labels as targets). ``ce``: cross-entropy of
     softmax(exp(log_temperature) * F), whose temperature is learned beside the synthetic set.
     """
     if kind == "mse":
-        residual = scores - torch.nn.functional.one_hot(labels, scores.shape[1]).to(scores)
+        residual = scores - targets
         return LossSums((residual * residual).sum(), 2.0 * residual, scores.new_zeros(()))
     sharpness = float(torch.tensor(log_temperature, dtype=torch.float64).exp())
     log_p = torch.log_softmax(sharpness * scores, dim=1)
-    loss = -log_p.gather(1, labels[:, None]).sum()
-    d_logits = log_p.exp()
-    d_logits[torch.arange(len(labels)), labels] -= 1.0
-    return LossSums(loss, sharpness * d_logits, sharpness * (d_logits * scores).sum())
+    d_logits = log_p.exp() - targets
+    return LossSums(-(targets * log_p).sum(), sharpness * d_logits, sharpness * (d_logits * scores).sum())
 
 
 def loss_scale(kind: str, num_rows: int, num_classes: int) -> float:

@@ -17,6 +17,7 @@ from talk_dist.models.gnn import Student
 
 Adapters = dict[str, np.ndarray]
 Progress = Callable[[int, int], None]
+Report = Callable[[str, int, int, dict[str, float]], None]  # stage, done, total, facts
 Select = Callable[[Student], float]
 
 

@@ -82,7 +82,7 @@ class Checkpoint:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         except (SafetensorError, ValueError, KeyError) as error:
             raise DataError(self.path, f"cannot be read ({error}); delete it or pass --resume never") from error
-        changed = _differences(json.loads(header["identity"]), self.identity)
+        changed = differences(json.loads(header["identity"]), self.identity)
         if changed:
             raise ConfigError(
                 f"{self.path} belongs to another run ({'; '.join(changed)}); "
@@ -100,10 +100,11 @@ class Checkpoint:
         )
 
 
-def _differences(saved: Any, current: Any, where: str = "") -> list[str]:
+def differences(saved: Any, current: Any, where: str = "") -> list[str]:
+    """Where two trees of settings differ, one line each."""
     if isinstance(saved, dict) and isinstance(current, dict):
         keys = sorted(saved.keys() | current.keys())
-        return [line for key in keys for line in _differences(saved.get(key), current.get(key), f"{where}.{key}")]
+        return [line for key in keys for line in differences(saved.get(key), current.get(key), f"{where}.{key}")]
     return [] if saved == current else [f"{where[1:]}: {saved!r} there, {current!r} now"]
 
 

@@ -14,8 +14,8 @@ from talk_dist.config import DistillConfig
 from talk_dist.kernel.krr import complete_gradient, dual_coefficients, loss_scale
 from talk_dist.kernel.sntk import synthetic_kernel
 from talk_dist.models.gnn import Student
+from talk_dist.runtime.boundary import LossSpec, StudentState
 from talk_dist.runtime.pool import ShardPool
-from talk_dist.runtime.shard import LossSpec, StudentState
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,24 @@ class Objective:
 
     def __call__(self, h_s: Tensor, y_s: Tensor, log_temperature: float) -> OuterGradient:
         """Loss and gradient at encodings ``h_s`` (M, d) and labels ``y_s`` (M, C)."""
-        kernel, kind = self.config.kernel, self.config.outer.loss
+        kernel, kind, targets = self.config.kernel, self.config.outer.loss, self.config.outer.targets
         h_s = h_s.cpu()
         meter = self.pool.meter
         with meter.time("solve"):
             k_ss = synthetic_kernel(h_s.double(), kernel.hops, kernel.layers)
             solution = dual_coefficients(k_ss, y_s, kernel.ridge)
-        sums = self.pool.loss_and_grads(h_s.numpy(), solution.dual.numpy(), LossSpec(kind, log_temperature))
+        sums = self.pool.loss_and_grads(h_s.numpy(), solution.dual.numpy(), LossSpec(kind, log_temperature, targets))
         scale = loss_scale(kind, sums.num_rows, y_s.shape[1])
         d_dual, d_hs = scale * torch.from_numpy(sums.d_dual), scale * torch.from_numpy(sums.d_hs)
         with meter.time("solve"):
             d_hs, d_ys = complete_gradient(h_s, solution, d_dual, d_hs, kernel.hops, kernel.layers)
         return OuterGradient(scale * sums.loss, d_hs, d_ys, scale * sums.d_log_temperature)
+
+    def fitted(self, h_s: Tensor, y_s: Tensor) -> Tensor:
+        """What the kernel predictor says of the synthetic nodes themselves, K_ss B (M, C) float64."""
+        kernel = self.config.kernel
+        k_ss = synthetic_kernel(h_s.cpu().double(), kernel.hops, kernel.layers)
+        return k_ss @ dual_coefficients(k_ss, y_s, kernel.ridge).dual
 
     def krr_counts(self, h_s: Tensor, y_s: Tensor, split: str) -> np.ndarray:
         """Confusion counts (C, C) of the kernel predictor on ``split``."""

@@ -19,8 +19,9 @@ from talk_dist.config import KernelConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.models.protocol import Adapters, Encoder, Progress
 from talk_dist.resources import RuntimeConfig
+from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, StudentState
 from talk_dist.runtime.meter import Meter
-from talk_dist.runtime.shard import LossSpec, Sample, Shard, ShardGrads, ShardSpec, StudentState
+from talk_dist.runtime.shard import Shard
 
 SAMPLE_PER_NODE = 512  # sampled training rows of a class per synthetic node: bounds the driver's memory
 SAMPLE_MINIMUM = 4096
@@ -51,8 +52,11 @@ class ShardPool(Protocol):
     tag: PreparedTag
     meter: Meter
 
-    def encode(self, adapters: Adapters, progress: Progress | None = None) -> None:
-        """Encode all texts, exchange halos, propagate; nothing to do if these adapters are current."""
+    def encode(self, adapters: Adapters, progress: Progress | None = None) -> bool:
+        """Encode all texts, exchange halos, propagate; False and nothing to do if these adapters are current."""
+
+    def learn(self, teachers: Sequence[StudentState]) -> None:
+        """Keep what these teachers say of every row, until the next encoding."""
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         """Loss and gradient sums over all training rows."""
@@ -84,17 +88,18 @@ class LocalPool:
             torch.set_num_threads(runtime.threads)
         self.tag = tag
         self.shards = [
-            Shard(ShardSpec(tag.path, part, kernel, runtime.cache), encoder) for part in range(tag.num_parts)
+            Shard(ShardSpec(tag.path, part, kernel, runtime.cache_for(tag.path)), encoder)
+            for part in range(tag.num_parts)
         ]
         self.meter = Meter()
         self._halo_depth = max(1, kernel.hops - 1)
         self._exchanged = False
 
-    def encode(self, adapters: Adapters, progress: Progress | None = None) -> None:
+    def encode(self, adapters: Adapters, progress: Progress | None = None) -> bool:
         with self.meter.time("encode"):
             changed = [shard.encode(adapters, progress) for shard in self.shards]
         if self._exchanged and not any(changed):
-            return
+            return False
         self._exchanged = False  # until the end: an interrupt in between must not leave new H beside old Z
         self._exchange("H", 1)
         with self.meter.time("propagate"):
@@ -105,6 +110,11 @@ class LocalPool:
             for shard in self.shards:
                 shard.measure_norms()
         self._exchanged = True
+        return True
+
+    def learn(self, teachers: Sequence[StudentState]) -> None:
+        for shard in self.shards:
+            shard.learn(teachers)
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         with self.meter.time("kernel"):

@@ -6,7 +6,7 @@ are pure in their arguments and in the current encoding; arrays that cross its b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,76 +15,18 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from talk_dist.config import KernelConfig, StudentConfig
 from talk_dist.data.splits import hash_ids
 from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import ConfigError
 from talk_dist.kernel.krr import loss_sums
 from talk_dist.kernel.sntk import kernel_block, node_norms, propagation, to_torch
-from talk_dist.models.gnn import Student, local_graph
+from talk_dist.models.gnn import local_graph, self_loops
 from talk_dist.models.protocol import Adapters, Encoder
+from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, StudentState
 from talk_dist.runtime.encodings import EncodingCache
 
+TEACHER_ROWS = 8192  # rows that a teacher sees at once
 LIVE_BUFFERS = 20  # arrays of the size (rows, M) that a kernel block with gradient holds at its peak
-
-
-@dataclass(frozen=True)
-class ShardSpec:
-    """All that is needed to build a shard anywhere."""
-
-    path: str
-    part: int
-    kernel: KernelConfig
-    cache: bool = True
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """Which loss, and its current log temperature."""
-
-    kind: str
-    log_temperature: float = 0.0
-
-
-@dataclass(frozen=True)
-class ShardGrads:
-    """Sums over training rows (method, section 4, step 2); ``d_hs`` is the VJP of K at dL/dF B^T."""
-
-    loss: float
-    num_rows: int
-    d_dual: np.ndarray  # (M, C) K^T dL/dF
-    d_hs: np.ndarray  # (M, d)
-    d_log_temperature: float
-
-
-@dataclass(frozen=True)
-class StudentState:
-    """A trained student as plain arrays, to be shipped to shards."""
-
-    config: StudentConfig
-    in_dim: int
-    num_classes: int
-    weights: dict[str, np.ndarray]
-
-    @staticmethod
-    def of(student: Student) -> StudentState:
-        weights = {name: value.detach().cpu().numpy() for name, value in student.state_dict().items()}
-        return StudentState(student.config, student.in_dim, student.num_classes, weights)
-
-    def build(self) -> Student:
-        student = Student(self.config, self.in_dim, self.num_classes, seed=0)
-        student.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in self.weights.items()})
-        return student.eval()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows of one shard chosen by the hash of their id, so that the choice does not depend on the sharding."""
-
-    key: np.ndarray  # (s,) uint64
-    label: np.ndarray  # (s,) int32
-    row: np.ndarray  # (s,) rows in the shard
-    features: np.ndarray  # (s, d) P^2 H
 
 
 @dataclass(frozen=True)
@@ -113,11 +55,10 @@ class Shard:
         self.part = part = tag.partition(spec.part)
         self.dtype = torch.float64 if spec.kernel.precision == "float64" else torch.float32
         self.device = encoder.device
-        self.labels = torch.from_numpy(part.label.astype(np.int64))
+        self._targets = {"labels": one_hot(part.label, self.num_classes)}
         self._propagation = propagation(part.indptr, part.indices, part.degree, spec.kernel.propagation)
         self._depth = np.concatenate([np.zeros(part.num_own, np.int8), part.halo_depth])
-        texts = tag.meta["parts"][spec.part]["files"]["nodes.parquet"]["sha256"]
-        self._cache = EncodingCache(spec.path, spec.part, texts) if spec.cache else None
+        self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if spec.cache else None
         self._fields: dict[str, np.ndarray] = {}  # name -> (own + halo, width)
         self._encoded_with: str | None = None
         self._chunks: dict[tuple[str, int], list[_Chunk]] = {}
@@ -129,6 +70,7 @@ class Shard:
         version = EncodingCache.version(adapters)
         if version == self._encoded_with:
             return False
+        self._targets.pop("teacher", None)
         self.encoder.load_adapters(adapters)
 
         def compute() -> np.ndarray:
@@ -186,11 +128,13 @@ class Shard:
         total = log_temperature = 0.0
         d_dual = torch.zeros(b.shape, dtype=torch.float64)
         d_hs = torch.zeros(leaf.shape, dtype=torch.float64)
-        chunks = self._plan("train", len(h_s))
+        chunks = self._plan("train" if loss.targets == "labels" else "all", len(h_s))
+        targets = self._targets[loss.targets]
         for chunk in chunks:
             kernel = self._block(chunk, leaf)
             block = kernel.detach()
-            sums = loss_sums(block @ b, self.labels[chunk.rows].to(block.device), loss.kind, loss.log_temperature)
+            wanted = targets[torch.from_numpy(chunk.rows)].to(block)
+            sums = loss_sums(block @ b, wanted, loss.kind, loss.log_temperature)
             (gradient,) = torch.autograd.grad(kernel, leaf, sums.d_scores @ b.T)
             total += float(sums.loss)
             log_temperature += float(sums.d_log_temperature)
@@ -268,6 +212,25 @@ class Shard:
         np.add.at(counts, (self.part.label[rows], self._fields["X"][rows].argmax(1)), 1)
         return counts
 
+    # -- the teacher --------------------------------------------------------------------------------------
+
+    def learn(self, teachers: Sequence[StudentState]) -> None:
+        """Targets of all own rows: the mean class probabilities that the teachers give P^2 H of a node by itself (Z's
+        halo must be there). Forgotten with the encodings."""
+        targets = torch.zeros(self.part.num_own, self.num_classes)
+        models = [state.build() for state in teachers]
+        for start in range(0, self.part.num_own, TEACHER_ROWS):
+            rows = np.arange(start, min(start + TEACHER_ROWS, self.part.num_own))
+            features, alone = torch.from_numpy(self._smoothed(rows)), self_loops(len(rows))
+            with torch.no_grad():
+                targets[rows] = sum(model(features, alone).softmax(1) for model in models) / len(models)
+        self._targets["teacher"] = targets
+
+    def _smoothed(self, rows: np.ndarray) -> np.ndarray:
+        """P^2 H (len(rows), d) float32."""
+        matrix = to_torch(self._propagation[rows], self.dtype)
+        return (matrix @ torch.from_numpy(self._fields["Z"]).to(self.dtype)).float().numpy()
+
     # -- what initialisation and baselines need -------------------------------------------------------------
 
     def sample(self, per_class: int, seed: int) -> Sample:
@@ -277,10 +240,13 @@ class Shard:
         order = np.argsort(keys, kind="stable")
         kept = [order[self.part.label[rows][order] == c][:per_class] for c in range(self.num_classes)]
         chosen = np.concatenate(kept)
-        matrix = to_torch(self._propagation[rows[chosen]], self.dtype)
-        features = matrix @ torch.from_numpy(self._fields["Z"]).to(self.dtype)
-        return Sample(keys[chosen], self.part.label[rows[chosen]], rows[chosen], features.float().numpy())
+        return Sample(keys[chosen], self.part.label[rows[chosen]], rows[chosen], self._smoothed(rows[chosen]))
 
     def tokens(self, rows: np.ndarray) -> list[np.ndarray]:
         """Token ids of own rows."""
         return [self.part.tokens[int(row)] for row in rows]
+
+
+def one_hot(label: np.ndarray, num_classes: int) -> Tensor:
+    """(n, C) float32; the rows of unlabelled nodes are zero."""
+    return torch.from_numpy((label[:, None] == np.arange(num_classes)).astype(np.float32))

@@ -6,7 +6,6 @@ that produce them are found by a least-squares fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,18 +15,16 @@ from torch import Tensor
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_encodings
-from talk_dist.models.protocol import Encoder
+from talk_dist.models.inner import fit_encodings, soft_labels
+from talk_dist.models.protocol import Encoder, Report
 from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
-from talk_dist.runtime.pool import ShardPool
+from talk_dist.runtime.pool import ShardPool, TrainSample
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
-
-Report = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
 class Start:
-    """Token embeddings (M, T, d_tok), one-hot labels (M, C), and the log temperature the loss begins with."""
+    """Token embeddings (M, T, d_tok), labels (M, C), and the log temperature the loss begins with."""
 
     x_s: Tensor
     y_s: Tensor
@@ -56,13 +53,20 @@ def initialise(pool: ShardPool, encoder: Encoder, config: DistillConfig, report:
     y_s = one_hot_labels(counts)
     sample = sample_for(pool, counts, config.seed)
     how = "random" if config.synthetic.init == "random" else "medoid"
-    rows = select(sample, counts, how, config.seed)
-    x_s = embed(encoder, pool.tokens(sample.place[rows]), config.synthetic.tokens)
+    x_s = embed_texts(pool, encoder, sample, counts, how, config)
     if config.synthetic.init != "two-stage":
         return Start(x_s, y_s, Objective.initial_log_temperature)
     start = torch.from_numpy(class_centres(sample, counts, config.seed))
-    h_s, log_temperature = optimise_encodings(pool, start, y_s, config, report)
+    h_s, y_s, log_temperature = optimise_encodings(pool, start, y_s, config, report)
     return Start(fit_tokens(encoder, x_s, h_s, config, report), y_s, log_temperature)
+
+
+def embed_texts(
+    pool: ShardPool, encoder: Encoder, sample: TrainSample, counts: np.ndarray, how: str, config: DistillConfig
+) -> Tensor:
+    """The texts that the coreset ``how`` chooses, as embeddings (M, T, d_tok)."""
+    rows = select(sample, counts, how, config.seed)
+    return embed(encoder, pool.tokens(sample.place[rows]), config.synthetic.tokens)
 
 
 def embed(encoder: Encoder, tokens: TokenLists, length: int) -> Tensor:
@@ -73,10 +77,11 @@ def embed(encoder: Encoder, tokens: TokenLists, length: int) -> Tensor:
 
 def optimise_encodings(
     pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor, float]:
     """Stage one: Adam on the encodings (M, d) themselves, against the kernel ridge regression loss.
 
-    Keeps the encodings on which a fresh student validates best.
+    Keeps the encodings, and the labels (M, C), on which a fresh student validates best: ``y_s`` as given or, with
+    `two_stage.soft_labels`, what the kernel predictor itself says of the synthetic nodes.
     """
     settings, objective = config.two_stage, Objective(pool, config)
     h_s = start.clone().requires_grad_()
@@ -88,15 +93,17 @@ def optimise_encodings(
             {"params": [log_temperature], "lr": config.outer.temperature_lr},
         ]
     )
-    best, best_accuracy, krr_accuracy = (h_s.detach().clone(), log_temperature.item()), -1.0, 0.0
+    best, best_accuracy, krr_accuracy = (h_s.detach().clone(), y_s, log_temperature.item()), -1.0, 0.0
     for step in range(settings.feature_steps + 1):
         if step % settings.validate_every == 0 or step == settings.feature_steps:
-            student = Student(config.student, h_s.shape[1], y_s.shape[1], config.seed)
-            fit_encodings(student, h_s.detach(), y_s, config.inner, seed=config.seed)
             krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
-            val_accuracy = student_accuracy(pool, student, "val")
-            if val_accuracy > best_accuracy:
-                best, best_accuracy = (h_s.detach().clone(), log_temperature.item()), val_accuracy
+            said = [soft_labels(objective.fitted(h_s.detach(), y_s))] if settings.soft_labels else []
+            for labels in (y_s, *said):
+                student = Student(config.student, h_s.shape[1], y_s.shape[1], config.seed)
+                fit_encodings(student, h_s.detach(), labels, config.inner, seed=config.seed)
+                val_accuracy = student_accuracy(pool, student, "val")
+                if val_accuracy > best_accuracy:
+                    best, best_accuracy = (h_s.detach().clone(), labels, log_temperature.item()), val_accuracy
         gradient = objective(h_s.detach(), y_s, log_temperature.item())
         facts = {"loss": gradient.loss, "val": best_accuracy, "krr_val": krr_accuracy}
         report("encodings", step, settings.feature_steps, facts)

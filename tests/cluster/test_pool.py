@@ -13,8 +13,8 @@ from talk_dist.distill import distill
 from talk_dist.errors import ConfigError
 from talk_dist.models.gnn import Student
 from talk_dist.resources import RuntimeConfig
+from talk_dist.runtime.boundary import LossSpec, StudentState
 from talk_dist.runtime.pool import LocalPool
-from talk_dist.runtime.shard import LossSpec, StudentState
 
 WIDTH = 32
 SMALL = DistillConfig(

@@ -4,15 +4,25 @@ import itertools
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from talk_dist.config import DistillConfig, InnerConfig, KernelConfig, StudentConfig, SyntheticConfig, TwoStageConfig
+from talk_dist.config import (
+    DistillConfig,
+    InnerConfig,
+    KernelConfig,
+    OuterConfig,
+    StudentConfig,
+    SyntheticConfig,
+    TwoStageConfig,
+)
 from talk_dist.data.tag import TokenLists
 from talk_dist.errors import ConfigError
 from talk_dist.runtime.outer import Objective
 from talk_dist.runtime.pool import TrainSample
+from talk_dist.synthetic import init
 from talk_dist.synthetic.coresets import METHODS, allocate, centres, herding, kcenter, medoid, select
 from talk_dist.synthetic.init import embed, initialise, num_synthetic, optimise_encodings
 
@@ -150,9 +160,12 @@ def settings_of():
         return DistillConfig(
             kernel=KernelConfig(precision="float64", ridge=1e-3),
             synthetic=SyntheticConfig(size=8, tokens=6, init=init),
-            two_stage=TwoStageConfig(**{"feature_steps": 12, "token_steps": 25, "token_lr": 2e-2, **two_stage}),
+            two_stage=TwoStageConfig(
+                **{"feature_steps": 12, "token_steps": 25, "token_lr": 2e-2, "soft_labels": False, **two_stage}
+            ),
             student=StudentConfig(hidden=16),
             inner=InnerConfig(passes=20),
+            outer=OuterConfig(targets="labels"),
         )
 
     return make
@@ -201,6 +214,25 @@ def test_without_steps_the_encodings_are_those_it_started_from(make_encoder, mak
     encoder = make_encoder()
     start, y_s = torch.randn(3, encoder.width), torch.eye(3)
     config = settings_of("two-stage", feature_steps=0)
-    h_s, log_temperature = optimise_encodings(make_pool(encoder, 1), start, y_s, config, lambda *_: None)
+    h_s, labels, log_temperature = optimise_encodings(make_pool(encoder, 1), start, y_s, config, lambda *_: None)
     assert torch.equal(h_s, start)
+    assert torch.equal(labels, y_s)
     assert log_temperature == Objective.initial_log_temperature
+
+
+def test_soft_labels_are_kept_where_a_student_validates_better_on_them(
+    make_encoder, make_pool, settings_of, monkeypatch
+):
+    """Of one-hot labels and what the kernel predictor says of the synthetic nodes, as class probabilities."""
+    encoder = make_encoder()
+    pool, start, y_s = make_pool(encoder, 1), torch.randn(3, encoder.width), torch.eye(3)
+    for values in ([0.5, 0.6], [0.6, 0.6]):
+        scores = iter(values)
+        monkeypatch.setattr(init, "student_accuracy", lambda *_, scores=scores: next(scores))
+        config = settings_of("two-stage", feature_steps=0, soft_labels=True)
+        _, labels, _ = optimise_encodings(pool, start, y_s, config, lambda *_: None)
+        kernel = reference.kernel_ss(start.double(), 2, 1)
+        ridge = config.kernel.ridge * kernel.trace() / 3 * torch.eye(3, dtype=torch.float64)
+        said = (kernel @ torch.linalg.solve(kernel + ridge, y_s.double())).clamp_min(0)
+        expected = said / said.sum(1, keepdim=True) if values[1] > values[0] else y_s
+        torch.testing.assert_close(labels.double(), expected.double(), rtol=1e-5, atol=1e-6)

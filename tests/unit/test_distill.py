@@ -107,7 +107,20 @@ def test_the_test_split_is_never_read(run, monkeypatch):
     rows_of, asked = Partition.rows_of, set()
     monkeypatch.setattr(Partition, "rows_of", lambda part, split: (asked.add(split), rows_of(part, split))[1])
     run(settings(synthetic={"init": "two-stage"}))
-    assert asked == {"train", "val"}
+    assert asked == {"train", "val", "all"}  # all: what the teacher says, of labels it does not know
+
+
+def test_labels_of_test_nodes_change_nothing(run, graph, prepare_graph):
+    names = np.array(graph.nodes["label"].to_pylist())
+    test = (graph.split == "test") & (graph.label >= 0)
+    names[test] = np.roll(names[test], 1)
+    nodes = graph.nodes.set_column(graph.nodes.column_names.index("label"), "label", pa.array(names))
+    config = settings(synthetic={"init": "two-stage"})
+    plain, *_ = run(config, prepare_graph(graph))
+    other, *_ = run(config, prepare_graph(dataclasses.replace(graph, nodes=nodes)))
+    assert plain.config["dataset_hash"] != other.config["dataset_hash"]
+    assert torch.equal(plain.token_embeds, other.token_embeds)
+    assert torch.equal(plain.labels, other.labels)
 
 
 def test_a_callback_sees_every_epoch_and_changes_nothing(run):
@@ -128,17 +141,19 @@ def test_a_callback_sees_every_epoch_and_changes_nothing(run):
 
 def test_two_stages_reach_the_encodings_they_aim_at(make_encoder, make_pool):
     """Stage one lowers the loss; stage two's tokens encode to nearly what stage one found."""
+    from talk_dist.runtime.teacher import RealSide
     from talk_dist.synthetic.init import initialise, optimise_encodings
 
     config = settings(synthetic={"init": "two-stage", "tokens": 16}, two_stage={"token_steps": 200, "token_lr": 0.05})
     encoder = make_encoder()
     pool = make_pool(encoder, 2)
     errors = []
+    RealSide(pool, config).encode(encoder, lambda *_: None)
     start = initialise(pool, encoder, config, lambda stage, i, n, m: errors.append(m.get("relative_error")))
     assert errors[-1] < 0.1 * next(e for e in errors if e is not None)
     objective = Objective(pool, config)
     h_0 = encoder.encode_embeds(start.x_s)
-    h_s, _ = optimise_encodings(pool, h_0, start.y_s, config, lambda *_: None)
+    h_s, *_ = optimise_encodings(pool, h_0, start.y_s, config, lambda *_: None)
     assert objective(h_s, start.y_s, 0.0).loss <= objective(h_0, start.y_s, 0.0).loss
 
 

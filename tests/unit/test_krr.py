@@ -8,6 +8,7 @@ import reference
 import torch
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import f1_score
+from torch.nn.functional import one_hot
 
 from talk_dist.errors import NotPSDError
 from talk_dist.kernel import krr
@@ -88,7 +89,7 @@ def test_loss_sums_and_their_derivatives_are_autograd(problem, kind, log_tempera
     eye = torch.eye(C, dtype=torch.float64)  # K_ss = A = I and K_ts = F make the reference a plain loss of F
     truth = reference.krr_loss(eye, scores, eye, labels, 0.0, kind, log_t)
     d_scores, d_log_t = torch.autograd.grad(truth, [scores, log_t], materialize_grads=True)
-    sums, scale = loss_sums(scores.detach(), labels, kind, log_temperature), loss_scale(kind, ROWS, C)
+    sums, scale = loss_sums(scores.detach(), one_hot(labels, C), kind, log_temperature), loss_scale(kind, ROWS, C)
     for mine, theirs in zip(
         (sums.loss, sums.d_scores, sums.d_log_temperature), (truth, d_scores, d_log_t), strict=True
     ):
@@ -113,7 +114,7 @@ def test_completed_gradient_is_autograd_through_the_solve(problem, monkeypatch, 
         solution = dual_coefficients(synthetic_kernel(h_s, hops, layers), y_s, ridge)
     leaf = h_s.clone().requires_grad_()
     block = k_ts @ leaf.tanh() @ leaf.T  # any function of h_s serves as K_ts here
-    sums = loss_sums(block.detach() @ solution.dual, labels, "mse")
+    sums = loss_sums(block.detach() @ solution.dual, one_hot(labels, C), "mse")
     d_scores = loss_scale("mse", ROWS, C) * sums.d_scores
     (through_block,) = torch.autograd.grad(block, leaf, d_scores @ solution.dual.T)
     mine = complete_gradient(h_s, solution, block.detach().T @ d_scores, through_block, hops, layers)

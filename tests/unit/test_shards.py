@@ -15,6 +15,7 @@ from talk_dist.errors import ConfigError, DataError
 from talk_dist.models.gnn import Student, local_graph
 from talk_dist.resources import RuntimeConfig
 from talk_dist.runtime import shard as shard_module
+from talk_dist.runtime.boundary import LossSpec, StudentState
 from talk_dist.runtime.outer import Objective, accuracy
 from talk_dist.runtime.pool import LocalPool
 
@@ -36,9 +37,9 @@ def synthetic():
     return h_s, torch.from_numpy(rng.dirichlet(np.ones(3), 9)), 0.7
 
 
-def objective_of(pool, kind, ridge=1e-2):
+def objective_of(pool, kind, ridge=1e-2, targets="labels"):
     kernel = replace(pool.shards[0].spec.kernel, ridge=ridge)
-    return Objective(pool, DistillConfig(kernel=kernel, outer=OuterConfig(loss=kind)))
+    return Objective(pool, DistillConfig(kernel=kernel, outer=OuterConfig(loss=kind, targets=targets)))
 
 
 def dense_encodings(graph, encoder, tags):
@@ -75,6 +76,54 @@ def test_objective_is_autograd_of_the_dense_whole(
     torch.testing.assert_close(mine.d_hs, expected[0], rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(mine.d_ys, expected[1], rtol=1e-8, atol=1e-11)
     assert mine.d_log_temperature == pytest.approx(expected[2].item(), rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def teachers():
+    """Two GCNs that nobody trained."""
+    return [Student(StudentConfig(hidden=16), 8, 3, seed).eval() for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(("propagation", "loss"), [("mean", "mse"), ("sym", "ce")])
+def test_objective_with_teachers_is_autograd_of_the_dense_whole(
+    graph, tags, table_encoder, make_pool, synthetic, teachers, parts, propagation, loss
+):
+    """All rows, labelled or not, against the mean of what the teachers say of P^2 H of each node by itself."""
+    encoder = table_encoder()
+    pool = make_pool(encoder, parts, propagation=propagation)
+    pool.learn([StudentState.of(teacher) for teacher in teachers])
+    mine = objective_of(pool, loss, targets="teacher")(*synthetic)
+
+    h_s, y_s = (tensor.clone().requires_grad_() for tensor in synthetic[:2])
+    log_t = torch.tensor(synthetic[2], dtype=torch.float64, requires_grad=True)
+    p, h_t = reference.propagation(graph.adjacency, propagation), dense_encodings(graph, encoder, tags)
+    alone = torch.eye(len(h_t), dtype=torch.float64)
+    said = sum(reference.student(teacher, p @ p @ h_t, alone).softmax(1) for teacher in teachers) / len(teachers)
+    _, every_norm = reference.joint_ntk(p, h_t, h_s.detach(), 2, 1)
+    k_ts = reference.kernel_ts(p, h_t, h_s, [n[: len(h_t)] for n in every_norm], 1)
+    truth = reference.krr_loss(reference.kernel_ss(h_s, 2, 1), k_ts, y_s, said, 1e-2, loss, log_t)
+    expected = torch.autograd.grad(truth, [h_s, y_s, log_t], materialize_grads=True)
+
+    assert mine.loss == pytest.approx(truth.item(), rel=1e-5)  # teachers work in float32
+    torch.testing.assert_close(mine.d_hs, expected[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(mine.d_ys, expected[1], rtol=1e-4, atol=1e-7)
+    assert mine.d_log_temperature == pytest.approx(expected[2].item(), rel=1e-4)
+
+
+def test_what_teachers_said_is_forgotten_with_the_encodings(make_encoder, make_pool, teachers, synthetic):
+    encoder = make_encoder(adapters=True)
+    pool = make_pool(encoder, 2)
+    state = StudentState.of(Student(StudentConfig(hidden=16), encoder.width, 3, 1))
+    pool.learn([state])
+    assert not pool.encode(encoder.adapters())
+    h_s = np.ones((3, encoder.width), np.float32)
+    before = pool.loss_and_grads(h_s, np.ones((3, 3)), LossSpec("mse", targets="teacher"))
+    assert before.num_rows == pool.tag.num_nodes
+    encoder.load_adapters({name: value + 0.1 for name, value in encoder.adapters().items()})
+    assert pool.encode(encoder.adapters())
+    with pytest.raises(KeyError, match="teacher"):
+        pool.loss_and_grads(h_s, np.ones((3, 3)), LossSpec("mse", targets="teacher"))
 
 
 @pytest.mark.parametrize("loss", ["mse", "ce"])
@@ -283,6 +332,16 @@ def test_kept_encodings_of_other_texts_or_another_encoder_are_not_used(graph, pr
     for encoder in (make_encoder(), make_encoder(pooling="cls")):
         kept, fresh = make_pool(encoder, again, cache=True), make_pool(encoder, again, cache=False)
         np.testing.assert_array_equal(kept.shards[0]._fields["H"], fresh.shards[0]._fields["H"])
+
+
+def test_splits_of_a_graph_share_a_folder_of_encodings(graph, prepare_graph, make_encoder, monkeypatch, tmp_path):
+    """Other splits, the same texts: encoded once."""
+    tags = [prepare_graph(graph, parts=2, use_split_column=False, split_seed=seed) for seed in (0, 1)]
+    assert tags[0].meta["hash"] != tags[1].meta["hash"]
+    encoder, runtime = make_encoder(), RuntimeConfig(cache_folder=str(tmp_path))
+    LocalPool(tags[0], encoder, KernelConfig(), runtime).encode({})
+    monkeypatch.setattr(encoder, "encode_tokens", lambda *_: pytest.fail("encoded again"))
+    LocalPool(tags[1], encoder, KernelConfig(), runtime).encode({})
 
 
 def test_another_tokenizer_is_refused(tags, table_encoder, encoder_folder, other_encoder_folder):
