@@ -194,6 +194,7 @@ def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, wi
         "H": 4 * local * width,
         "Z": item * local * width,
         "norms": item * local * config.kernel.hops,
+        "targets": 4 * own * len(meta["classes"]) if config.outer.targets == "teacher" else 0,
         "student": 4 * local * max(config.student.hidden, width) * 2 + 12 * entries,
         "chunks": deeper * entries * (8 + item),
         "halo": 4 * part["halo"] * width,
@@ -209,6 +210,7 @@ def _working(
     biggest = max(part["nodes"] + part["halo"] for part in meta["parts"])
     block = min(kernel.chunk_mib << 20, biggest * m * item * LIVE_BUFFERS)
     classes = len(meta["classes"])
+    taught = config.outer.targets == "teacher"
     square, sample = 8 * m * m, _sample(meta, m, model.width)
     solve = (2 + SOLVE_BUFFERS * kernel.hops * kernel.layers) * square
     working = {
@@ -216,7 +218,8 @@ def _working(
         + 2 * 4 * biggest * model.width,
         "inject": HEAP * model.activations(min(m, config.outer.inject_batch), config.synthetic.tokens, kept=True),
         "kernel": HEAP_UNTRIMMED * block + item * biggest * model.width + 3 * 8 * m * (model.width + classes),
-        "start": 4 * sample,  # as it comes, joined, sorted; a class of it in float64
+        # as it comes, joined, sorted; a class of it in float64; a teacher's layers and their gradients
+        "start": 4 * sample + (sample // model.width * config.student.hidden * 4 if taught else 0),
         "solve": solve * (HEAP_UNTRIMMED if square < MAPPED_BYTES else 1.0) + sample,
     }
     if evaluation is not None and "full" in evaluation.against:

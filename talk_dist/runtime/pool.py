@@ -113,8 +113,9 @@ class LocalPool:
         return True
 
     def learn(self, teachers: Sequence[StudentState]) -> None:
-        for shard in self.shards:
-            shard.learn(teachers)
+        with self.meter.time("learn"):
+            for shard in self.shards:
+                shard.learn(teachers)
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         with self.meter.time("kernel"):

@@ -55,7 +55,7 @@ class Shard:
         self.part = part = tag.partition(spec.part)
         self.dtype = torch.float64 if spec.kernel.precision == "float64" else torch.float32
         self.device = encoder.device
-        self._targets = {"labels": one_hot(part.label, self.num_classes)}
+        self._taught: Tensor | None = None  # (n, C) what teachers say of own rows
         self._propagation = propagation(part.indptr, part.indices, part.degree, spec.kernel.propagation)
         self._depth = np.concatenate([np.zeros(part.num_own, np.int8), part.halo_depth])
         self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if spec.cache else None
@@ -70,7 +70,7 @@ class Shard:
         version = EncodingCache.version(adapters)
         if version == self._encoded_with:
             return False
-        self._targets.pop("teacher", None)
+        self._taught = None
         self.encoder.load_adapters(adapters)
 
         def compute() -> np.ndarray:
@@ -129,12 +129,10 @@ class Shard:
         d_dual = torch.zeros(b.shape, dtype=torch.float64)
         d_hs = torch.zeros(leaf.shape, dtype=torch.float64)
         chunks = self._plan("train" if loss.targets == "labels" else "all", len(h_s))
-        targets = self._targets[loss.targets]
         for chunk in chunks:
             kernel = self._block(chunk, leaf)
             block = kernel.detach()
-            wanted = targets[torch.from_numpy(chunk.rows)].to(block)
-            sums = loss_sums(block @ b, wanted, loss.kind, loss.log_temperature)
+            sums = loss_sums(block @ b, self._wanted(chunk.rows, loss).to(block), loss.kind, loss.log_temperature)
             (gradient,) = torch.autograd.grad(kernel, leaf, sums.d_scores @ b.T)
             total += float(sums.loss)
             log_temperature += float(sums.d_log_temperature)
@@ -224,7 +222,15 @@ class Shard:
             features, alone = torch.from_numpy(self._smoothed(rows)), self_loops(len(rows))
             with torch.no_grad():
                 targets[rows] = sum(model(features, alone).softmax(1) for model in models) / len(models)
-        self._targets["teacher"] = targets
+        self._taught = targets
+
+    def _wanted(self, rows: np.ndarray, loss: LossSpec) -> Tensor:
+        """What the scores of own ``rows`` are compared with (len(rows), C)."""
+        if loss.targets == "labels":
+            return one_hot(self.part.label[rows], self.num_classes)
+        if self._taught is None:
+            raise ConfigError('outer.targets = "teacher": nobody has taught these shards since they encoded')
+        return self._taught[torch.from_numpy(rows)]
 
     def _smoothed(self, rows: np.ndarray) -> np.ndarray:
         """P^2 H (len(rows), d) float32."""

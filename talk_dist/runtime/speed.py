@@ -43,21 +43,25 @@ def work(
     encoding = text_tokens * model.token_flop(text_tokens / max(1, nodes)) / ENCODER_SHARE
     forward = m * t * model.token_flop(t) / ENCODER_SHARE
     inject = 3 * forward  # once without gradient, once with, and back
-    rows = min(nodes, train * max(1.0, entries / nodes) ** (config.kernel.hops - 1))  # the receptive field
+    taught = outer.targets == "teacher"
+    rows = nodes if taught else min(nodes, train * max(1.0, entries / nodes) ** (config.kernel.hops - 1))  # receptive
     elements = rows * m * config.kernel.hops * config.kernel.layers
     block = 3 * (2.0 * rows * m * model.width + elements * ELEMENT_FLOP)
     scores = (2.0 * nodes * model.width * config.student.hidden + 2.0 * entries * config.student.hidden) / SMALL_SHARE
     student = 6.0 * m * config.student.hidden * (model.width + classes) / SMALL_SHARE
     fit = inner.passes * ((3 * forward if adapters else 0.0) + student)
     epochs = outer.epochs + 1
-    flop = {"encode": encoding * (1 + epochs if adapters else 1), "initialise": 0.0}
-    steps = {"outer epochs": epochs * inner.passes}
+    lessons = (1 + epochs if adapters else 1) * taught
+    lesson = inner.passes * 6.0 * train * config.student.hidden * (model.width + classes) / SMALL_SHARE
+    lesson += (inner.passes // inner.select_every + 1) * scores
+    flop = {"encode": encoding * (1 + epochs if adapters else 1), "initialise": lessons * lesson}
+    steps = {"outer epochs": epochs * inner.passes, "initialise": lessons * inner.passes}
     if config.synthetic.init == "two-stage":
         two = config.two_stage
-        checks = two.feature_steps // two.validate_every + 1
+        checks = (two.feature_steps // two.validate_every + 1) * (1 + two.soft_labels)
         flop["initialise"] = two.feature_steps * block + checks * (inner.passes * student + scores)
         flop["initialise"] += two.token_steps * 2 * forward
-        steps["initialise"] = two.feature_steps + checks * inner.passes + two.token_steps
+        steps["initialise"] += two.feature_steps + checks * inner.passes + two.token_steps
     flop["outer epochs"] = epochs * (fit + scores + block / 3) + outer.epochs * outer.steps * (inject + block)
     if evaluation is not None:
         small = 1 + sum(name != "full" for name in evaluation.against)

@@ -38,7 +38,8 @@ def teach(pool: ShardPool, config: DistillConfig, report: Report) -> None:
         return value
 
     student = Student(config.student, features.shape[1], labels.shape[1], config.seed)
-    fit_encodings(student, features, labels, recipe, seed=config.seed, select=validated)
+    with pool.meter.time("teach"):
+        fit_encodings(student, features, labels, recipe, seed=config.seed, select=validated)
     pool.learn([StudentState.of(student)])
 
 

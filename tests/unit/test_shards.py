@@ -122,7 +122,7 @@ def test_what_teachers_said_is_forgotten_with_the_encodings(make_encoder, make_p
     assert before.num_rows == pool.tag.num_nodes
     encoder.load_adapters({name: value + 0.1 for name, value in encoder.adapters().items()})
     assert pool.encode(encoder.adapters())
-    with pytest.raises(KeyError, match="teacher"):
+    with pytest.raises(ConfigError, match="nobody has taught"):
         pool.loss_and_grads(h_s, np.ones((3, 3)), LossSpec("mse", targets="teacher"))
 
 
