@@ -148,10 +148,10 @@ class EncoderGroup:
         """Gradient (M, T, d_tok) of <phi(x), d_hs>, on the CPU."""
         return torch.cat(self._joined("inject", _shared(x), _shared(d_hs), _shared(mask), batch, dropout_seed))
 
-    def residual(self, x: Tensor, target: Tensor, batch: int = 32) -> tuple[float, Tensor]:
-        """||phi(x) - target||^2 and its gradient (M, T, d_tok)."""
+    def residual(self, x: Tensor, target: Tensor, batch: int = 32) -> tuple[Tensor, Tensor]:
+        """||phi(x) - target||^2 of each node (M,) and their gradients (M, T, d_tok)."""
         parts = self._joined("residual", _shared(x), _shared(target), batch)
-        return sum(loss for loss, _ in parts), torch.cat([grad for _, grad in parts])
+        return torch.cat([loss for loss, _ in parts]), torch.cat([grad for _, grad in parts])
 
     def fit(
         self,

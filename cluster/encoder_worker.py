@@ -194,8 +194,8 @@ class EncoderWorker:
 
         return self._share(math.ceil(len(x) / batch), one)
 
-    def residual(self, x: Tensor, target: Tensor, batch: int) -> list[tuple[int, tuple[float, Tensor]]]:
-        def one(k: int) -> tuple[float, Tensor]:
+    def residual(self, x: Tensor, target: Tensor, batch: int) -> list[tuple[int, tuple[Tensor, Tensor]]]:
+        def one(k: int) -> tuple[Tensor, Tensor]:
             s = _rows(k, batch)
             return self.encoder.residual(x[s], target[s], batch)
 

@@ -113,10 +113,10 @@ class TwoStageConfig:
     """Adam steps on the encodings themselves; no encoder pass is needed."""
     feature_lr: float = 1e-2
     """Step size relative to the root mean square of the encodings."""
-    token_steps: int = 240
-    """Adam steps on the token embeddings, mean squared error to the optimised encodings."""
-    token_lr: float = 1e-2
-    """Step size of the token embeddings."""
+    token_steps: int = 120
+    """At most so many encoder passes to find the tokens that produce the optimised encodings."""
+    token_error: float = 0.003
+    """Stop where each encoding is this near, squared distance relative to its squared norm."""
     validate_every: int = 20
     """Train and validate a fresh student each so many feature steps; the best encodings are kept."""
     soft_labels: bool = True
@@ -127,6 +127,7 @@ class TwoStageConfig:
             "two_stage",
             feature_steps=(self.feature_steps >= 0, self.feature_steps, "not negative"),
             token_steps=(self.token_steps >= 0, self.token_steps, "not negative"),
+            token_error=(self.token_error >= 0, self.token_error, "not negative"),
             validate_every=(self.validate_every >= 1, self.validate_every, "at least 1"),
         )
 
@@ -255,7 +256,7 @@ def preset(name: str = "default") -> DistillConfig:
     if name == "default":
         return DistillConfig()
     if name == "quick":
-        return DistillConfig(two_stage=TwoStageConfig(token_steps=200), outer=OuterConfig(epochs=2))
+        return DistillConfig(two_stage=TwoStageConfig(token_steps=80), outer=OuterConfig(epochs=2))
     if name == "paper":
         return DistillConfig(
             encoder=EncoderConfig(pooling="cls", adapters=True),

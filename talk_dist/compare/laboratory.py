@@ -174,7 +174,7 @@ class Laboratory:
         preflight.check_tag(tag, config, ("val", "test"), problems)
         problems.done()
         runtime = config.runtime  # the splits of a graph share their encodings
-        shared = runtime.cache_folder or self.folder.path("encodings")
+        shared = runtime.cache_folder or self.folder.out
         with place(dataclasses.replace(config, runtime=dataclasses.replace(runtime, cache_folder=shared))) as where:
             encoder, plan = where.encoder(), preflight.check_memory(tag, config, EvaluateConfig())
             yield where.pool(tag, encoder, lambda parts: plan.actor(parts).host), encoder

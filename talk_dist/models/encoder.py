@@ -170,15 +170,15 @@ class TextEncoder:
             grads.append(torch.autograd.grad(pooled, leaf, d_hs[s].to(pooled))[0])
         return torch.cat(grads)
 
-    def residual(self, x: Tensor, target: Tensor, batch: int = 32) -> tuple[float, Tensor]:
-        """||phi(x) - target||^2 and its gradient (M, T, d_tok): one pass, where `encode_embeds` + `inject` take two."""
-        grads, total = [], 0.0
+    def residual(self, x: Tensor, target: Tensor, batch: int = 32) -> tuple[Tensor, Tensor]:
+        """||phi(x) - target||^2 of each node (M,) and their gradients (M, T, d_tok): one pass, not two."""
+        grads, losses = [], []
         for s in _slices(len(x), batch):
             leaf = x[s].detach().requires_grad_()
-            loss = (self.forward_embeds(leaf) - target[s].to(self.device)).pow(2).sum()
-            grads.append(torch.autograd.grad(loss, leaf)[0].cpu())
-            total += float(loss.detach())
-        return total, torch.cat(grads)
+            loss = (self.forward_embeds(leaf) - target[s].to(self.device)).pow(2).sum(1)
+            grads.append(torch.autograd.grad(loss.sum(), leaf)[0].cpu())
+            losses.append(loss.detach().cpu())
+        return torch.cat(losses), torch.cat(grads)
 
     def fit(
         self,

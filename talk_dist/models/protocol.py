@@ -75,8 +75,8 @@ class Encoder(Protocol):
     ) -> Tensor:
         """Gradient (M, T, d_tok) of <phi(x), d_hs>."""
 
-    def residual(self, x: Tensor, target: Tensor, batch: int = 32) -> tuple[float, Tensor]:
-        """||phi(x) - target||^2 and its gradient (M, T, d_tok), in one pass."""
+    def residual(self, x: Tensor, target: Tensor, batch: int = 32) -> tuple[Tensor, Tensor]:
+        """||phi(x) - target||^2 of each node (M,) and their gradients (M, T, d_tok), in one pass."""
 
     def fit(
         self,

@@ -20,6 +20,9 @@ from talk_dist.models.protocol import Encoder, Report
 from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool, TrainSample
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
+from talk_dist.synthetic.invert import invert
+
+TOGETHER = 512  # synthetic nodes inverted side by side: their histories are what it costs
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,21 @@ def optimise_encodings(
 
 
 def fit_tokens(encoder: Encoder, x_s: Tensor, h_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
-    """Stage two: Adam on the token embeddings, mean squared error of their encodings to ``h_s`` (M, d)."""
-    settings, batch = config.two_stage, config.outer.inject_batch
-    x_s = x_s.clone().requires_grad_()
-    optimizer = torch.optim.Adam([x_s], lr=settings.token_lr)
-    for step in range(settings.token_steps):
-        rate = 0.5 * (1.0 + np.cos(np.pi * step / settings.token_steps))
-        optimizer.param_groups[0]["lr"] = settings.token_lr * max(0.05, float(rate))
-        residual, gradient = encoder.residual(x_s.detach(), h_s, batch)
-        x_s.grad = gradient / h_s.numel()
-        optimizer.step()
-        report("tokens", step + 1, settings.token_steps, {"relative_error": residual / float(h_s.pow(2).sum())})
-    return x_s.detach()
+    """Stage two: the token embeddings (M, T, d_tok), from ``x_s``, whose encodings are ``h_s`` (M, d): `invert`."""
+    settings, shape, size = config.two_stage, x_s.shape[1:], h_s.double().pow(2).sum(1)
+    found = []
+    for start in range(0, len(x_s), TOGETHER):
+        rows = slice(start, start + TOGETHER)
+
+        def residual(x: Tensor, rows: slice = rows) -> tuple[Tensor, Tensor]:
+            distances, gradients = encoder.residual(x.view(-1, *shape), h_s[rows], config.outer.inject_batch)
+            return distances, gradients.flatten(1)
+
+        def tell(step: int, distances: Tensor, done: int = start, all_of: Tensor = size[rows]) -> None:
+            error = float(distances.double().sum() / all_of.sum())
+            total = settings.token_steps * -(-len(x_s) // TOGETHER)
+            report("tokens", done // TOGETHER * settings.token_steps + step, total, {"relative_error": error})
+
+        goal = settings.token_error * size[rows].float()
+        found.append(invert(residual, x_s[rows].flatten(1), settings.token_steps, goal, tell).view(-1, *shape))
+    return torch.cat(found)

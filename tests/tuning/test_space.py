@@ -26,7 +26,7 @@ def test_every_point_is_a_configuration_that_differs_there_alone(adapters):
         assert {key for key in after if after[key] != before[key]} <= point.keys()
         assert all(after[key] == value for key, value in point.items())
         assert ("inner.adapter_lr" in point) == adapters
-        assert ("two_stage.token_lr" in point) == (point["synthetic.init"] == "two-stage")
+        assert ("two_stage.token_steps" in point) == (point["synthetic.init"] == "two-stage")
 
 
 @pytest.mark.parametrize("name", ["default", "quick", "paper"])

@@ -161,7 +161,7 @@ def settings_of():
             kernel=KernelConfig(precision="float64", ridge=1e-3),
             synthetic=SyntheticConfig(size=8, tokens=6, init=init),
             two_stage=TwoStageConfig(
-                **{"feature_steps": 12, "token_steps": 25, "token_lr": 2e-2, "soft_labels": False, **two_stage}
+                **{"feature_steps": 12, "token_steps": 25, "token_error": 0.0, "soft_labels": False, **two_stage}
             ),
             student=StudentConfig(hidden=16),
             inner=InnerConfig(passes=20),

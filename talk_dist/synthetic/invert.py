@@ -1,0 +1,62 @@
+"""Inversion: the token embeddings whose encodings are given, one least-squares problem for each synthetic node.
+
+The problems are small, smooth and have many exact solutions, so limited-memory BFGS (Nocedal & Wright 2006, algorithm
+7.4) reaches in 80 encoder passes an error that Adam does not in 240. They are solved side by side, each with a history
+and a step length of its own: what a node becomes does not depend on the others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Residual = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (m, D) -> squared distances (m,), their gradients (m, D)
+HISTORY = 10  # pairs of steps and gradient changes that stand for the curvature
+_TINY = 1e-30
+
+
+def invert(residual: Residual, x: Tensor, steps: int, goal: Tensor, tell: Callable[[int, Tensor], None]) -> Tensor:
+    """Minimise ``residual`` from ``x`` (m, D): at most ``steps`` iterations of one evaluation each, until every squared
+    distance is below its ``goal`` (m,). ``tell(step, distances)`` hears of each. No node ends farther than it began."""
+    pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=HISTORY)
+    loss, gradient = residual(x)
+    length = torch.ones_like(loss)
+    for step in range(steps):
+        if bool((loss <= goal).all()):
+            tell(steps, loss)
+            break
+        move = -length[:, None] * _direction(loss, gradient, pairs)
+        new_loss, new_gradient = residual(x + move)
+        change = new_gradient - gradient
+        curvature = (move * change).sum(1)
+        known = curvature > 1e-10 * move.norm(dim=1) * change.norm(dim=1)
+        pairs.append((move, change, torch.where(known, 1.0 / curvature.clamp_min(_TINY), 0.0)))
+        better = new_loss < loss
+        x = torch.where(better[:, None], x + move, x)
+        gradient = torch.where(better[:, None], new_gradient, gradient)
+        loss = torch.where(better, new_loss, loss)
+        length = torch.where(better, (2.0 * length).clamp_max(1.0), 0.3 * length)
+        tell(step + 1, loss)
+    return x
+
+
+def _direction(loss: Tensor, gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The inverse Hessian that ``pairs`` imply, times the gradient (m, D); where they imply no descent, or there are
+    none yet, the gradient times Polyak's step length, which is right where the least distance is zero."""
+    polyak = loss / gradient.square().sum(1).clamp_min(_TINY)
+    q, shares, scale = gradient, [], polyak
+    for move, change, inverse in reversed(pairs):
+        shares.append(inverse * (move * q).sum(1))
+        q = q - shares[-1][:, None] * change
+    if pairs:
+        move, change, inverse = pairs[-1]
+        newton = (move * change).sum(1) / change.square().sum(1).clamp_min(_TINY)
+        scale = torch.where(inverse > 0, newton, polyak)
+    q = scale[:, None] * q
+    for (move, change, inverse), share in zip(pairs, reversed(shares), strict=True):
+        q = q + move * (share - inverse * (change * q).sum(1))[:, None]
+    descent = (q * gradient).sum(1) > 0
+    return torch.where(descent[:, None], q, polyak[:, None] * gradient)
