@@ -51,6 +51,8 @@ def draw_retention(rows: Sequence[dict[str, Any]], x: str, words: str) -> bytes:
 
     ``rows`` are the lines of the summary; a method's sizes are joined.
     """
+    from matplotlib.ticker import NullFormatter
+
     names = list(dict.fromkeys(row["data"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
 
@@ -63,6 +65,7 @@ def draw_retention(rows: Sequence[dict[str, Any]], x: str, words: str) -> bytes:
                 axes.errorbar([r[x] for r in some], [r["retention"] for r in some], fmt="o-", **style)
             axes.axhline(1.0, color="#343a40", ls="--", lw=1)
             axes.set(xscale="log", xlabel=words, title=name)
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", color="#e4e7eb")
         panels[0].set_ylabel("retention of full-data test accuracy")

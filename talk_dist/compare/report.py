@@ -116,7 +116,8 @@ def _shown(line: Record) -> Record:
 
 def _table(lines: Sequence[Record]) -> str:
     head = list(lines[0])
-    rows = [head, ["---"] * len(head), *([_cell(line[name]) for name in head] for line in lines)]
+    sides = ["---" if isinstance(lines[0][name], str) and not lines[0][name][:1].isdigit() else "---:" for name in head]
+    rows = [head, sides, *([_cell(line[name]) for name in head] for line in lines)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
