@@ -119,8 +119,9 @@ class TwoStageConfig:
     """Stop where each encoding is this near, squared distance relative to its squared norm."""
     validate_every: int = 20
     """Train and validate a fresh student each so many feature steps; the best encodings are kept."""
-    soft_labels: bool = True
-    """Validate the kernel predictor's own word on the synthetic nodes as labels too, and keep the better ones."""
+    soft_labels: bool = False
+    """Validate the kernel predictor's own word on the synthetic nodes as labels too, and keep the better ones. No gain
+    on average (benchmarks/results/options.md)."""
 
     def __post_init__(self) -> None:
         check(
@@ -200,9 +201,10 @@ class OuterConfig:
     """Learning rate of learned labels."""
     weight_decay: float = 0.0
     """AdamW weight decay of the token embeddings."""
-    targets: Literal["teacher", "labels"] = "teacher"
+    targets: Literal["labels", "teacher"] = "labels"
     """What the kernel predictor is to say: the labels of the training rows (the paper's), or, of every row, what a
-    student says that was trained on all labelled training rows. No label of another split is read either way."""
+    student says that was trained on them. The teacher is better where classes are many and worth nothing where they
+    are few (benchmarks/results/options.md). No label of another split is read either way."""
     loss: Literal["mse", "ce"] = "mse"
     """Squared error (the paper's) or cross-entropy with a learned temperature."""
     temperature_lr: float = 0.05
@@ -263,6 +265,6 @@ def preset(name: str = "default") -> DistillConfig:
             kernel=KernelConfig(norms="linear", ridge=1e-5),
             synthetic=SyntheticConfig(tokens=256, init="random", storage="float32"),
             inner=InnerConfig(passes=90, gnn_lr=1e-3, adapter_lr=1e-4),
-            outer=OuterConfig(epochs=80, steps=8, lr=1e-4, targets="labels", patience=80),
+            outer=OuterConfig(epochs=80, steps=8, lr=1e-4, patience=80),
         )
     raise ConfigError(f"unknown preset {name!r}; one of default, quick, paper")

@@ -22,7 +22,7 @@ SMALL = DistillConfig(
     synthetic=SyntheticConfig(size=6, tokens=4, init="random"),
     student=StudentConfig(hidden=16),
     inner=InnerConfig(passes=15, adapter_lr=1e-2),
-    outer=OuterConfig(epochs=2, steps=2, lr=1e-2),
+    outer=OuterConfig(epochs=2, steps=2, lr=1e-2, targets="teacher"),
 )
 
 

@@ -119,7 +119,7 @@ def test_the_test_split_is_never_read(run, monkeypatch):
     rows_of, asked = Partition.rows_of, set()
     monkeypatch.setattr(Partition, "rows_of", lambda part, split: (asked.add(split), rows_of(part, split))[1])
     run(settings(synthetic={"init": "two-stage"}))
-    assert asked == {"train", "val", "all"}  # all: what the teacher says, of labels it does not know
+    assert asked == {"train", "val"}
 
 
 def test_labels_of_test_nodes_change_nothing(run, graph, prepare_graph):
@@ -127,7 +127,7 @@ def test_labels_of_test_nodes_change_nothing(run, graph, prepare_graph):
     test = (graph.split == "test") & (graph.label >= 0)
     names[test] = np.roll(names[test], 1)
     nodes = graph.nodes.set_column(graph.nodes.column_names.index("label"), "label", pa.array(names))
-    config = settings(synthetic={"init": "two-stage"})
+    config = settings(synthetic={"init": "two-stage"}, outer={"targets": "teacher"})  # which speaks of every node
     plain, *_ = run(config, prepare_graph(graph))
     other, *_ = run(config, prepare_graph(dataclasses.replace(graph, nodes=nodes)))
     assert plain.config["dataset_hash"] != other.config["dataset_hash"]

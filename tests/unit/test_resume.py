@@ -40,7 +40,7 @@ def forks():
 MODES = {
     "frozen": ["--synthetic.init", "two-stage", "--two_stage.feature_steps", "20", "--two_stage.token_steps", "20"],
     "adapters": ["--encoder.adapters", "true", "--synthetic.learn_labels", "true", "--synthetic.init", "medoid",
-                 "--encoder.dropout", "0.3", "--outer.dropout", "true"],
+                 "--encoder.dropout", "0.3", "--outer.dropout", "true", "--outer.targets", "teacher"],
 }  # fmt: skip
 
 
