@@ -98,6 +98,7 @@ def main() -> None:
 
     merged = [merge(list(rows)) for rows in zip(*rows_by_seed, strict=True)]
     took = ", ".join(f"{s:.0f}" for s in seconds)
+    command = f"python {shlex.join(sys.argv)}"
     settings_used = " ".join([*(word.removeprefix("--") for word in start), *options])
     text = "\n".join(
         [
@@ -111,7 +112,7 @@ def main() -> None:
             f"Seconds to distil, encoding included: {took}. Machine: {machine()}.",
             "",
             "```",
-            f"python {shlex.join(sys.argv)}".replace(str(folder.parent) + "/", "DATA/") if folder.parent.name else "",
+            command.replace(f"{folder.parent}/", "DATA/") if folder.parent.name else command,
             "```",
             "",
         ]
