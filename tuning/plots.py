@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
+from talk_dist.page import png
 from tuning.findings import Findings, judged
 from tuning.study import Study, accuracy
 
@@ -17,18 +18,8 @@ COLOURS = {"COMPLETE": "#1f77b4", "PRUNED": "#bbbbbb"}
 
 def draw_all(study: Study, found: Findings) -> dict[str, bytes]:
     """Name -> PNG of every picture that the trials are enough for."""
-    return {name: png for name, draw in PICTURES.items() if (png := _png(draw, study, found))}
-
-
-def _png(draw: Callable[[Any, Study, Findings], bool], study: Study, found: Findings) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    if not draw(figure, study, found):
-        return b""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    drawn = {name: png(partial(draw, study=study, found=found)) for name, draw in PICTURES.items()}
+    return {name: picture for name, picture in drawn.items() if picture}
 
 
 def _history(figure: Any, study: Study, found: Findings) -> bool:
@@ -130,7 +121,7 @@ def _slices(figure: Any, study: Study, found: Findings) -> bool:
     return True
 
 
-PICTURES: dict[str, Callable[[Any, Study, Findings], bool]] = {
+PICTURES: dict[str, Callable[..., bool]] = {  # draw(figure, study, found) -> whether there was anything to draw
     "history": _history,
     "importances": _importance,
     "front": _pareto,

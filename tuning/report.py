@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from collections import Counter
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 from optuna.trial import FrozenTrial
 
+from talk_dist import page
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from tuning.findings import FACTS, Findings, config_of, findings
@@ -60,7 +60,7 @@ def write(study: Study, base: DistillConfig, out: str, command: str) -> Findings
     pictures = draw_all(study, found)
     for name, png in pictures.items():
         storage.write_atomic(storage.join(out, f"{name}.png"), png)
-    storage.write_atomic(storage.join(out, "report.html"), page(study, found, pictures, command).encode())
+    storage.write_atomic(storage.join(out, "report.html"), _page(study, found, pictures, command).encode())
     return found
 
 
@@ -96,33 +96,26 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def page(study: Study, found: Findings, pictures: Mapping[str, bytes], command: str) -> str:
+def _page(study: Study, found: Findings, pictures: Mapping[str, bytes], command: str) -> str:
     """One self-contained HTML page."""
     counts = Counter(trial.state.name.lower() for trial in study.ended)
-    images = "".join(
-        f"<h2>{html.escape(name.capitalize())}</h2><img alt='{name}' src='data:image/png;base64,"
-        f"{base64.b64encode(png).decode()}'>"
-        for name, png in pictures.items()
-    )
     rows = table(study).to_pylist()
     rows.sort(key=lambda row: -1.0 if row["accuracy"] is None else -row["accuracy"])
     shown = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in shown)
-    body = "".join("<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in shown) + "</tr>" for row in rows)
+    trials = page.table(shown, ([_cell(row[name]) for name in shown] for row in rows))
     best = words(study, found.best) if found.best else "no trial was completed"
-    style = (
-        "body{font:15px sans-serif;margin:2em;max-width:75em}td,th{padding:2px 8px;text-align:left}img{max-width:100%}"
-    )
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>talk-dist tune</title><style>{style}</style>"
-        f"<h1>A sweep of {len(rows)} trials</h1><p><code>{html.escape(command)}</code></p>"
-        f"<p>Best validation accuracy: <b>{best}</b>. "
-        f"{', '.join(f'{count} {state}' for state, count in sorted(counts.items()))}.</p>{images}"
-        f"<h2>Trials</h2><div style='overflow-x:auto'><table><tr>{head}</tr>{body}</table></div>"
+    states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    return page.page(
+        "talk-dist tune",
+        f"A sweep of {len(rows)} trials",
+        f"<p><code>{html.escape(command)}</code></p>",
+        f"<p>Best validation accuracy: <b>{best}</b>. {states}.</p>",
+        page.images({name.capitalize(): picture for name, picture in pictures.items()}),
+        f"<h2>Trials</h2><div style='overflow-x:auto'>{trials}</div>",
     )
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

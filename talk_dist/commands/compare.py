@@ -12,6 +12,7 @@ from talk_dist.commands.settings import Command, read
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.errors import ConfigError
+from talk_dist.page import PLOT, can_draw
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Compare:
 
         if not self.plan:
             raise ConfigError("give the YAML file of a plan; the README shows one")
+        if not can_draw():  # said now, and not after hours, when the first picture is due
+            raise ConfigError(f"compare: matplotlib is not installed; {PLOT}")
         plan = read_plan(self.plan, settings_of)
         folder = RunFolder(self.out)
         with folder.alone():

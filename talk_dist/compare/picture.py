@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from talk_dist.page import png
 from talk_dist.runtime.pool import ShardPool
 
 SHOWN = 400  # real training rows a class: more is only ink
 COLOURS = ("#0b7285", "#e8890c", "#7048e8", "#c2255c", "#2b8a3e", "#868e96", "#1971c2", "#a61e4d", "#5c940d", "#343a40")
-
-
-def png(draw: Callable[[Any], None], width: float, height: float) -> bytes:
-    """What ``draw`` puts on a figure of so many inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
 
 
 def draw_encodings(pool: ShardPool, h_s: np.ndarray, labels: np.ndarray, title: str) -> bytes:

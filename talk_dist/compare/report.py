@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from talk_dist import page
 from talk_dist.compare.picture import draw_retention
 from talk_dist.data import storage
 
@@ -91,8 +91,8 @@ def write(rows: Sequence[Record], out: str, command: str, pictures: Mapping[str,
         kind = f"{student}{', adapters' if adapters else ''}"
         for x, words in AXES.items():
             drawn[f"retention against {words}: {kind}"] = draw_retention(some, x, words)
-    page = _page(text, command, provenance(rows), drawn | dict(pictures))
-    storage.write_atomic(storage.join(out, "report.html"), page.encode())
+    whole = _page(text, command, provenance(rows), drawn | dict(pictures))
+    storage.write_atomic(storage.join(out, "report.html"), whole.encode())
     for name, picture in drawn.items():
         storage.write_atomic(storage.join(out, "".join(c if c.isalnum() else "_" for c in name) + ".png"), picture)
     return text
@@ -130,23 +130,13 @@ def _cell(value: Any) -> str:
 
 
 def _page(text: str, command: str, source: str, pictures: Mapping[str, bytes]) -> str:
+    """One self-contained HTML page of the Markdown ``text`` and the pictures."""
     body = []
     for block in text.split("\n\n"):
         if block.startswith("## "):
             body.append(f"<h2>{html.escape(block[3:])}</h2>")
         elif block.startswith("|"):
             head, _, *rows = ([c.strip() for c in line.strip().strip("|").split("|")] for line in block.splitlines())
-            cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-            body.append(f"<table><tr>{''.join(f'<th>{html.escape(c)}</th>' for c in head)}</tr>{cells}</table>")
-    images = "".join(
-        f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' src='data:image/png;base64,"
-        f"{base64.b64encode(png).decode()}'>"
-        for name, png in pictures.items()
-    )
-    style = "body{font:15px sans-serif;margin:2em;max-width:75em}td,th{padding:2px 10px;text-align:left}"
-    style += "img{max-width:100%}tr:nth-child(even){background:#f4f6f8}"
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>talk-dist compare</title><style>{style}</style>"
-        f"<h1>Comparison</h1><p><code>{html.escape(command)}</code><br>{html.escape(source)}</p>"
-        f"{''.join(body)}{images}"
-    )
+            body.append(page.table(head, rows))
+    about = f"<p><code>{html.escape(command)}</code><br>{html.escape(source)}</p>"
+    return page.page("talk-dist compare", "Comparison", about, *body, page.images(pictures))

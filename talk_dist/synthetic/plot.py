@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from talk_dist.data import storage
+from talk_dist.page import PLOT, can_draw, png
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 SYNTHETIC, RIVAL, KERNEL = "#0b7285", "#ced4da", "#e8890c"
@@ -16,26 +16,22 @@ SYNTHETIC, RIVAL, KERNEL = "#0b7285", "#ced4da", "#e8890c"
 
 def plot(metrics: dict[str, Any], title: str, path: str | Path) -> str:
     """Draw the ``metrics`` of an artifact as a PNG at ``path``; returns the path, or what to install for a picture."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return 'not drawn: it needs matplotlib (pip install "talk-dist[plot]")'
-    figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(MUTED)
-        axis.tick_params(colors=INK, labelsize=9)
-        axis.set_axisbelow(True)
-        axis.grid(axis="y", color=GRID)
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
-    _epochs(left, metrics.get("history", []), metrics.get("best_epoch"))
-    _sets(right, metrics.get("evaluation", {}).get("rows", []))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    storage.write_atomic(path, buffer.getvalue())
+    if not can_draw():
+        return f"not drawn: it needs matplotlib ({PLOT})"
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for axis in (left, right):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.spines[["left", "bottom"]].set_color(MUTED)
+            axis.tick_params(colors=INK, labelsize=9)
+            axis.set_axisbelow(True)
+            axis.grid(axis="y", color=GRID)
+        figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
+        _epochs(left, metrics.get("history", []), metrics.get("best_epoch"))
+        _sets(right, metrics.get("evaluation", {}).get("rows", []))
+
+    storage.write_atomic(path, png(draw, 10, 4.2, dpi=130))
     return str(path)
 
 

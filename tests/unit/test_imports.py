@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 CLUSTER = sorted(ROOT.with_name("cluster").glob("*.py"))
 FLOORS = [
     {"errors"},
-    {"schema"},
+    {"schema", "page"},
     {"resources"},
     {"config"},
     {"kernel"},
