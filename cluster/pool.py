@@ -67,7 +67,7 @@ class RayPool:
         self._halo_depth = max(1, kernel.hops - 1)
         self._version: str | None = None
         self._adapters: Any = None
-        self._teachers: Any = None
+        self._teacher: Any = None
         self._bytes_moved = 0
         self._crew = Crew(allotment, cluster, self._lost, self._explain)
 
@@ -82,15 +82,15 @@ class RayPool:
         if fresh := version != self._version:
             if self._lends:
                 self._lends.load_adapters(adapters)
-            self._version, self._adapters, self._teachers = version, self._broadcast(adapters), None
+            self._version, self._adapters, self._teacher = version, self._broadcast(adapters), None
             self._level = {part: min(level, 1) for part, level in self._level.items()}
         self._bring_up(Failures(), progress)
         return fresh
 
-    def learn(self, teachers: Sequence[StudentState]) -> None:
-        self._teachers = None
+    def learn(self, teacher: StudentState) -> None:
+        self._teacher = None
         taught = len(self._phases())
-        self._teachers = self._broadcast(list(teachers))
+        self._teacher = self._broadcast(teacher)
         self._level = {part: min(level, taught) for part, level in self._level.items()}
         self._bring_up(Failures())
 
@@ -169,8 +169,8 @@ class RayPool:
             ("exchange", self._exchange("Z", self._halo_depth)),
             ("propagate", lambda part: self._actor(part).call.remote(part, "measure_norms")),
         ]
-        if self._teachers is not None:
-            phases.append(("learn", lambda part: self._actor(part).call.remote(part, "learn", self._teachers)))
+        if self._teacher is not None:
+            phases.append(("learn", lambda part: self._actor(part).call.remote(part, "learn", self._teacher)))
         return phases
 
     def _student_scores(

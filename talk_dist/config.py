@@ -247,6 +247,10 @@ class DistillConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def deciding(self) -> dict[str, Any]:
+        """The settings on which a result depends: all but those of where it is computed."""
+        return {name: value for name, value in self.to_dict().items() if name not in ("runtime", "cluster")}
+
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DistillConfig:
         """The configuration of a nested dict. Raises ConfigError for an unknown key, with the nearest one."""

@@ -22,7 +22,7 @@ from talk_dist.errors import ConfigError, TalkDistError
 from talk_dist.evaluate import EvaluateConfig, as_metrics, evaluate, table
 from talk_dist.models.protocol import Encoder
 from talk_dist.resources import ClusterConfig, DeepSpeedConfig
-from talk_dist.runtime.callbacks import Callback, JsonLines, ProgressLines
+from talk_dist.runtime.callbacks import Callback, Callbacks, JsonLines, ProgressLines
 from talk_dist.runtime.checkpoint import Checkpoint
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import SyntheticTAG
@@ -167,9 +167,8 @@ class Evaluate:
 
 def identity(tag: PreparedTag, encoder: Encoder, config: DistillConfig) -> dict[str, Any]:
     """All that decides the bits of a run: it can only be resumed where all this is the same."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in ("runtime", "cluster")}
     here = {"data hash": tag.meta["hash"], "threads": torch.get_num_threads(), "weights": encoder.fingerprint}
-    return settings | here
+    return config.deciding() | here
 
 
 def _evaluate(
@@ -183,13 +182,8 @@ def _evaluate(
     folder: RunFolder | None,
 ) -> None:
     """Evaluate, write the table into the artifact at ``path`` and, with the picture, into ``folder``, and print it."""
-    lines = ProgressLines()
-
-    def progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        for callback in (call.stop, lines):
-            callback.progress(stage, done, total, metrics)
-
-    rows = evaluate(pool, encoder, synthetic, config, evaluation, progress)
+    tell = Callbacks([call.stop, ProgressLines()])
+    rows = evaluate(pool, encoder, synthetic, config, evaluation, tell.progress)
     call.lap("evaluate")
     took = ", ".join(f"{name} {value:.0f}" for name, value in call.seconds.items())
     about = {

@@ -120,8 +120,7 @@ class Tune:
         refuse_workers_here(base)
         ends = [configured(base, {parameter.key: value}) for parameter in space for value in parameter.ends]
         self._check(tag, [base, *ends])
-        settings = {name: value for name, value in base.to_dict().items() if name not in ("runtime", "cluster")}
-        identity = settings | {
+        identity = base.deciding() | {
             "data hash": tag.meta["hash"],
             "space": [asdict(parameter) for parameter in space],
             "ladder": self.ladder,

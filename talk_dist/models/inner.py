@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -26,6 +27,11 @@ def soft_labels(y_s: Tensor) -> Tensor:
     """Label matrix (M, C) as class probabilities: negative entries cut, rows summing to one."""
     positive = y_s.clamp_min(0.0)
     return (positive / positive.sum(1, keepdim=True).clamp_min(1e-12)).float()
+
+
+def one_hot(label: np.ndarray, num_classes: int) -> Tensor:
+    """Class indices (n,) as (n, C) float32; the rows of unlabelled nodes (-1) are zero."""
+    return torch.from_numpy((label[:, None] == np.arange(num_classes)).astype(np.float32))
 
 
 class Adapted(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 
@@ -18,10 +19,14 @@ class EncodingCache:
     and the tokens, so that several splits of a graph, prepared each in its folder, can share one cache."""
 
     def __init__(self, path: str, part: int, tokens: TokenLists):
-        self.path, self.part = path, part
-        digest = hashlib.sha256(tokens.offsets.tobytes())
-        digest.update(tokens.values.tobytes())
-        self.texts = digest.hexdigest()
+        self.path, self.part, self.tokens = path, part, tokens
+
+    @cached_property
+    def texts(self) -> str:
+        """sha256 hex of the tokens; a shard whose encoder has adapters never asks for it."""
+        digest = hashlib.sha256(self.tokens.offsets.tobytes())
+        digest.update(self.tokens.values.tobytes())
+        return digest.hexdigest()
 
     @staticmethod
     def version(adapters: Adapters) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from talk_dist.config import DistillConfig
-from talk_dist.kernel.krr import complete_gradient, dual_coefficients, loss_scale
+from talk_dist.kernel.krr import DualSolution, complete_gradient, dual_coefficients, loss_scale
 from talk_dist.kernel.sntk import synthetic_kernel
 from talk_dist.models.gnn import Student
 from talk_dist.runtime.boundary import LossSpec, StudentState
@@ -40,11 +40,9 @@ class Objective:
     def __call__(self, h_s: Tensor, y_s: Tensor, log_temperature: float) -> OuterGradient:
         """Loss and gradient at encodings ``h_s`` (M, d) and labels ``y_s`` (M, C)."""
         kernel, kind, targets = self.config.kernel, self.config.outer.loss, self.config.outer.targets
-        h_s = h_s.cpu()
-        meter = self.pool.meter
+        h_s, meter = h_s.cpu(), self.pool.meter
         with meter.time("solve"):
-            k_ss = synthetic_kernel(h_s.double(), kernel.hops, kernel.layers)
-            solution = dual_coefficients(k_ss, y_s, kernel.ridge)
+            _, solution = self._solve(h_s, y_s)
         sums = self.pool.loss_and_grads(h_s.numpy(), solution.dual.numpy(), LossSpec(kind, log_temperature, targets))
         scale = loss_scale(kind, sums.num_rows, y_s.shape[1])
         d_dual, d_hs = scale * torch.from_numpy(sums.d_dual), scale * torch.from_numpy(sums.d_hs)
@@ -54,15 +52,20 @@ class Objective:
 
     def fitted(self, h_s: Tensor, y_s: Tensor) -> Tensor:
         """What the kernel predictor says of the synthetic nodes themselves, K_ss B (M, C) float64."""
-        kernel = self.config.kernel
-        k_ss = synthetic_kernel(h_s.cpu().double(), kernel.hops, kernel.layers)
-        return k_ss @ dual_coefficients(k_ss, y_s, kernel.ridge).dual
+        k_ss, solution = self._solve(h_s.cpu(), y_s)
+        return k_ss @ solution.dual
 
     def krr_counts(self, h_s: Tensor, y_s: Tensor, split: str) -> np.ndarray:
         """Confusion counts (C, C) of the kernel predictor on ``split``."""
-        kernel, h_s = self.config.kernel, h_s.cpu()
-        solution = dual_coefficients(synthetic_kernel(h_s.double(), kernel.hops, kernel.layers), y_s, kernel.ridge)
+        h_s = h_s.cpu()
+        _, solution = self._solve(h_s, y_s)
         return self.pool.krr_scores(h_s.numpy(), solution.dual.numpy(), split)
+
+    def _solve(self, h_s: Tensor, y_s: Tensor) -> tuple[Tensor, DualSolution]:
+        """K_ss (M, M) float64 and the dual coefficients."""
+        kernel = self.config.kernel
+        k_ss = synthetic_kernel(h_s.double(), kernel.hops, kernel.layers)
+        return k_ss, dual_coefficients(k_ss, y_s, kernel.ridge)
 
 
 def accuracy(counts: np.ndarray) -> float:

@@ -55,8 +55,8 @@ class ShardPool(Protocol):
     def encode(self, adapters: Adapters, progress: Progress | None = None) -> bool:
         """Encode all texts, exchange halos, propagate; False and nothing to do if these adapters are current."""
 
-    def learn(self, teachers: Sequence[StudentState]) -> None:
-        """Keep what these teachers say of every row, until the next encoding."""
+    def learn(self, teacher: StudentState) -> None:
+        """Keep what this teacher says of every row, until the next encoding."""
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         """Loss and gradient sums over all training rows."""
@@ -112,10 +112,10 @@ class LocalPool:
         self._exchanged = True
         return True
 
-    def learn(self, teachers: Sequence[StudentState]) -> None:
+    def learn(self, teacher: StudentState) -> None:
         with self.meter.time("learn"):
             for shard in self.shards:
-                shard.learn(teachers)
+                shard.learn(teacher)
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         with self.meter.time("kernel"):

@@ -6,7 +6,7 @@ are pure in their arguments and in the current encoding; arrays that cross its b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,11 +21,12 @@ from talk_dist.errors import ConfigError
 from talk_dist.kernel.krr import loss_sums
 from talk_dist.kernel.sntk import kernel_block, node_norms, propagation, to_torch
 from talk_dist.models.gnn import local_graph, self_loops
+from talk_dist.models.inner import one_hot
 from talk_dist.models.protocol import Adapters, Encoder
 from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, StudentState
 from talk_dist.runtime.encodings import EncodingCache
 
-TEACHER_ROWS = 8192  # rows that a teacher sees at once
+TEACHER_ROWS = 8192  # rows that the teacher sees at once
 LIVE_BUFFERS = 20  # arrays of the size (rows, M) that a kernel block with gradient holds at its peak
 
 
@@ -55,7 +56,7 @@ class Shard:
         self.part = part = tag.partition(spec.part)
         self.dtype = torch.float64 if spec.kernel.precision == "float64" else torch.float32
         self.device = encoder.device
-        self._taught: Tensor | None = None  # (n, C) what teachers say of own rows
+        self._taught: Tensor | None = None  # (n, C) what the teacher says of own rows
         self._propagation = propagation(part.indptr, part.indices, part.degree, spec.kernel.propagation)
         self._depth = np.concatenate([np.zeros(part.num_own, np.int8), part.halo_depth])
         self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if spec.cache else None
@@ -212,16 +213,15 @@ class Shard:
 
     # -- the teacher --------------------------------------------------------------------------------------
 
-    def learn(self, teachers: Sequence[StudentState]) -> None:
-        """Targets of all own rows: the mean class probabilities that the teachers give P^2 H of a node by itself (Z's
-        halo must be there). Forgotten with the encodings."""
-        targets = torch.zeros(self.part.num_own, self.num_classes)
-        models = [state.build() for state in teachers]
+    def learn(self, teacher: StudentState) -> None:
+        """Targets of all own rows: the class probabilities that the teacher gives P^2 H of a node by itself (Z's halo
+        must be there). Forgotten with the encodings."""
+        targets, model = torch.zeros(self.part.num_own, self.num_classes), teacher.build()
         for start in range(0, self.part.num_own, TEACHER_ROWS):
             rows = np.arange(start, min(start + TEACHER_ROWS, self.part.num_own))
             features, alone = torch.from_numpy(self._smoothed(rows)), self_loops(len(rows))
             with torch.no_grad():
-                targets[rows] = sum(model(features, alone).softmax(1) for model in models) / len(models)
+                targets[rows] = model(features, alone).softmax(1)
         self._taught = targets
 
     def _wanted(self, rows: np.ndarray, loss: LossSpec) -> Tensor:
@@ -251,8 +251,3 @@ class Shard:
     def tokens(self, rows: np.ndarray) -> list[np.ndarray]:
         """Token ids of own rows."""
         return [self.part.tokens[int(row)] for row in rows]
-
-
-def one_hot(label: np.ndarray, num_classes: int) -> Tensor:
-    """(n, C) float32; the rows of unlabelled nodes are zero."""
-    return torch.from_numpy((label[:, None] == np.arange(num_classes)).astype(np.float32))

@@ -14,12 +14,11 @@ import torch
 
 from talk_dist.config import DistillConfig
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_encodings
+from talk_dist.models.inner import fit_encodings, one_hot
 from talk_dist.models.protocol import Encoder, Report
 from talk_dist.runtime.boundary import StudentState
 from talk_dist.runtime.outer import student_accuracy
 from talk_dist.runtime.pool import SAMPLE_MINIMUM, ShardPool
-from talk_dist.runtime.shard import one_hot
 
 
 def teach(pool: ShardPool, config: DistillConfig, report: Report) -> None:
@@ -40,7 +39,7 @@ def teach(pool: ShardPool, config: DistillConfig, report: Report) -> None:
     student = Student(config.student, features.shape[1], labels.shape[1], config.seed)
     with pool.meter.time("teach"):
         fit_encodings(student, features, labels, recipe, seed=config.seed, select=validated)
-    pool.learn([StudentState.of(student)])
+    pool.learn(StudentState.of(student))
 
 
 class RealSide:

@@ -15,7 +15,7 @@ from torch import Tensor
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_encodings, soft_labels
+from talk_dist.models.inner import fit_encodings, one_hot, soft_labels
 from talk_dist.models.protocol import Encoder, Report
 from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool, TrainSample
@@ -46,8 +46,7 @@ def class_counts(tag: PreparedTag, size: float) -> np.ndarray:
 
 def one_hot_labels(counts: np.ndarray) -> Tensor:
     """Labels (M, C) of ``counts`` (C,) synthetic nodes, class by class."""
-    labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-    return torch.nn.functional.one_hot(labels, len(counts)).float()
+    return one_hot(np.repeat(np.arange(len(counts)), counts), len(counts))
 
 
 def initialise(pool: ShardPool, encoder: Encoder, config: DistillConfig, report: Report) -> Start:

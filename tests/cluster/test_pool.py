@@ -50,7 +50,7 @@ def answers(pool, adapters, seed=0):
     student = StudentState.of(Student(StudentConfig(hidden=16), WIDTH, 3, seed))
     pool.encode(adapters)
     found = [np.asarray(value) for value in vars(pool.loss_and_grads(h_s, dual, LossSpec("ce", 0.5))).values()]
-    pool.learn([student])
+    pool.learn(student)
     taught = LossSpec("mse", targets="teacher")
     found += [np.asarray(value) for value in vars(pool.loss_and_grads(h_s, dual, taught)).values()]
     found.append(pool.krr_scores(h_s, dual, "val"))
