@@ -40,16 +40,16 @@ def distill(
     """
     tell = Callbacks(callbacks)
     objective, real = Objective(pool, config), RealSide(pool, config)
-    started = time.monotonic()
     state = checkpoint.load() if checkpoint else None
     if state is None:
+        started = time.monotonic()
         encoder.reset_adapters(config.seed)
         real.encode(encoder, tell.progress)
         start = initialise(pool, encoder, config, tell.progress)
         state = DistillState(start.x_s, start.y_s, torch.tensor(start.log_temperature, dtype=torch.float64))
+        state.start_seconds = time.monotonic() - started
         if checkpoint:
             checkpoint.save(state)
-    initial_seconds = time.monotonic() - started
 
     while state.epoch <= config.outer.epochs and state.epoch - max(state.best_epoch, 0) <= config.outer.patience:
         meter, started = pool.meter, time.monotonic()
@@ -87,7 +87,7 @@ def distill(
     metrics = {
         "val_accuracy": state.best_accuracy,
         "best_epoch": state.best_epoch,
-        "seconds": {"start": initial_seconds, "epochs": sum(r["seconds"]["epoch"] for r in state.history)},
+        "seconds": {"start": state.start_seconds, "epochs": sum(r["seconds"]["epoch"] for r in state.history)},
         "history": state.history,
     }
     return SyntheticTAG(x_s, y_s, config=describe(pool, encoder, config), metrics=metrics).as_stored()

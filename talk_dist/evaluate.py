@@ -7,7 +7,7 @@ same recipe; a pass is chosen on validation nodes, and the test nodes are scored
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -17,8 +17,8 @@ import torch
 from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
 from talk_dist.errors import ConfigError
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_encodings
-from talk_dist.models.protocol import Encoder, Report
+from talk_dist.models.inner import fit_encodings, one_hot
+from talk_dist.models.protocol import Adapters, Encoder, Report
 from talk_dist.runtime.boundary import StudentState
 from talk_dist.runtime.full import WholeGraph, fit_full
 from talk_dist.runtime.outer import Objective, accuracy, macro_f1, student_accuracy
@@ -74,6 +74,15 @@ class TrainingSet:
     krr_accuracy: float | None = None  # of the kernel predictor on the test nodes
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A student, and the adapters beside it, as training left them."""
+
+    student: StudentState
+    adapters: Adapters
+    val_accuracy: float
+
+
 def evaluate(
     pool: ShardPool,
     encoder: Encoder,
@@ -94,7 +103,7 @@ def evaluate(
         if name == "synthetic":
             return token_set(name, tag, pool, encoder, distilled_with, config.recipe)
         if name == "full":
-            return full_set(pool, encoder, config.recipe, config.full_epochs)
+            return full_set(WholeGraph(pool.tag), pool, encoder, config.recipe, config.full_epochs)
         coreset, size = coreset_tag(pool, encoder, counts, name, distilled_with.seed)
         return dataclasses.replace(token_set(name, coreset, pool, encoder, distilled_with, config.recipe), bytes=size)
 
@@ -112,8 +121,7 @@ def coreset_tag(
     tokens = pool.tokens(sample.place[rows])
     ids, mask = map(torch.from_numpy, tokens.padded(np.arange(len(tokens))))
     embeds = encoder.token_table.cpu()[ids]
-    labels = torch.nn.functional.one_hot(torch.from_numpy(sample.label[rows].astype(np.int64)), len(counts)).float()
-    return SyntheticTAG(embeds, labels, mask), int(tokens.values.nbytes)
+    return SyntheticTAG(embeds, one_hot(sample.label[rows], len(counts)), mask), int(tokens.values.nbytes)
 
 
 def token_set(
@@ -143,9 +151,9 @@ def encoded_set(
     return TrainingSet(name, len(tag), tag.num_bytes(), train, krr)
 
 
-def full_set(pool: ShardPool, encoder: Encoder, recipe: InnerConfig, epochs: int) -> TrainingSet:
-    """Every training node; with adapters ``epochs`` of joint training."""
-    whole, meta = WholeGraph(pool.tag), pool.tag.meta  # read once for all seeds
+def full_set(whole: WholeGraph, pool: ShardPool, encoder: Encoder, recipe: InnerConfig, epochs: int) -> TrainingSet:
+    """Every training node of ``whole``, the pool's graph; with adapters ``epochs`` of joint training."""
+    meta = pool.tag.meta
 
     def train(student: Student, seed: int) -> None:
         fit_full(encoder, student, pool, whole, recipe, epochs, seed=seed)
@@ -173,15 +181,39 @@ def score(
 
     The pool ends with the encodings of an encoder that nothing has adapted.
     """
-    scores: list[tuple[float, float, float]] = []
+    return tested(trained_on, students(trained_on, pool, encoder, config, progress), pool, encoder)
+
+
+def students(
+    trained_on: TrainingSet,
+    pool: ShardPool,
+    encoder: Encoder,
+    config: EvaluateConfig,
+    progress: Report = lambda *_: None,
+) -> Iterator[Trained]:
+    """``config.seeds`` students of a set, scored on the validation nodes alone; the pool holds each one's encodings
+    until the next is asked for."""
     for seed in range(config.seeds):
         encoder.reset_adapters(seed)
         student = Student(config.student, encoder.width, len(pool.tag.classes), seed)
         trained_on.train(student, seed)
-        pool.encode(encoder.adapters())
-        val, test = pool.student_scores(StudentState.of(student), ["val", "test"])
-        scores.append((accuracy(test), macro_f1(test), accuracy(val)))
-        progress(trained_on.name, seed + 1, config.seeds, {"val": scores[-1][2]})
+        adapters = encoder.adapters()
+        pool.encode(adapters)
+        trained = Trained(StudentState.of(student), adapters, student_accuracy(pool, student, "val"))
+        progress(trained_on.name, seed + 1, config.seeds, {"val": trained.val_accuracy})
+        yield trained
+
+
+def tested(trained_on: TrainingSet, trained: Iterable[Trained], pool: ShardPool, encoder: Encoder) -> Row:
+    """The row of a set's students, each scored once on the test nodes.
+
+    The pool ends with the encodings of an encoder that nothing has adapted.
+    """
+    scores: list[tuple[float, float, float]] = []
+    for each in trained:
+        pool.encode(each.adapters)  # nothing to do for students that come straight from `students`
+        (test,) = pool.student_scores(each.student, ["test"])
+        scores.append((accuracy(test), macro_f1(test), each.val_accuracy))
     encoder.reset_adapters(0)
     pool.encode(encoder.adapters())
     test_accuracy, f1, val_accuracy = zip(*scores, strict=True)

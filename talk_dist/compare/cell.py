@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from talk_dist.compare.plan import Method
-from talk_dist.config import DistillConfig
+from talk_dist.config import DistillConfig, InnerConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import describe, distill
 from talk_dist.evaluate import TrainingSet, coreset_tag, encoded_set, token_set
@@ -57,39 +56,36 @@ class Cell:
         )
 
     def make(
-        self, tag: PreparedTag, pool: ShardPool, encoder: Encoder, callbacks: list[Callback], checkpoint: Checkpoint
+        self, tag: PreparedTag, pool: ShardPool, encoder: Encoder, tell: Callback, checkpoint: Checkpoint
     ) -> SyntheticTAG:
         """The set, with the seconds it took. The pool holds the encodings of a fresh encoder."""
         config, started = self.config(len(tag.classes)), time.monotonic()
         if self.method.kind == "distill":
-            made = distill(pool, encoder, config, callbacks, checkpoint)
+            made = distill(pool, encoder, config, [tell], checkpoint)
+            seconds = sum(made.metrics["seconds"].values())  # of all the processes that it was resumed in
         else:
-            made = self._baseline(tag, pool, encoder, config, callbacks)
-        seconds = {"seconds": time.monotonic() - started}
-        return dataclasses.replace(made, metrics=made.metrics | {"made": seconds})
+            made = self._baseline(tag, pool, encoder, config, tell)
+            seconds = time.monotonic() - started
+        return dataclasses.replace(made, metrics=made.metrics | {"made": {"seconds": seconds}})
 
     def _baseline(
-        self, tag: PreparedTag, pool: ShardPool, encoder: Encoder, config: DistillConfig, callbacks: list[Callback]
+        self, tag: PreparedTag, pool: ShardPool, encoder: Encoder, config: DistillConfig, tell: Callback
     ) -> SyntheticTAG:
         counts, about = class_counts(tag, config.synthetic.size), describe(pool, encoder, config)
         if self.method.kind == "coreset":
             made, size = coreset_tag(pool, encoder, counts, self.method.source, self.seed)
             return dataclasses.replace(made, config=about | {"storage": "float32", "token_ids_bytes": size})
 
-        def report(stage: str, done: int, total: int, facts: dict[str, float]) -> None:
-            for callback in callbacks:
-                callback.progress(stage, done, total, facts)
-
         sample = sample_for(pool, counts, self.seed)
         h_s, y_s = FEATURE_LEVEL[self.method.source](sample, counts, self.seed)
         if not self.method.invert:
             return SyntheticTAG(h_s[:, None], y_s, config=about | {"level": "features"}).as_stored()
         x_s = embed_texts(pool, encoder, sample, counts, "medoid", config)
-        return SyntheticTAG(fit_tokens(encoder, x_s, h_s, config, report), y_s, config=about).as_stored()
+        return SyntheticTAG(fit_tokens(encoder, x_s, h_s, config, tell.progress), y_s, config=about).as_stored()
 
 
 def training_set(
-    cell: Cell, made: SyntheticTAG, pool: ShardPool, encoder: Encoder, config: DistillConfig, recipe: Any
+    cell: Cell, made: SyntheticTAG, pool: ShardPool, encoder: Encoder, config: DistillConfig, recipe: InnerConfig
 ) -> TrainingSet:
     """What students are trained on."""
     if made.config.get("level") == "features":

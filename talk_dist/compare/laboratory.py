@@ -29,10 +29,11 @@ from talk_dist.data.prepare import prepare
 from talk_dist.data.python_api import build_python_api
 from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import ConfigError
-from talk_dist.evaluate import EvaluateConfig, Row, full_set, score
+from talk_dist.evaluate import EvaluateConfig, Row, full_set, score, students, tested
 from talk_dist.models.protocol import Encoder
-from talk_dist.runtime.callbacks import Callback, ProgressLines
+from talk_dist.runtime.callbacks import Callbacks, ProgressLines
 from talk_dist.runtime.checkpoint import Checkpoint, differences
+from talk_dist.runtime.full import WholeGraph
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
 
@@ -44,9 +45,12 @@ class Laboratory:
     """``folder`` holds prepared graphs, sets and one JSON file a row."""
 
     def __init__(self, plan: Plan, folder: RunFolder, call: Call):
-        self.plan, self.folder, self.call = plan, folder, call
-        self.lines = ProgressLines()
-        self.callbacks: list[Callback] = [call.stop, self.lines]
+        self.plan, self.folder = plan, folder
+        self.tell = Callbacks([call.stop, ProgressLines()])
+        self.drawn = [
+            Cell(data, plan.splits[0], plan.methods[0], size, False)
+            for data, size in itertools.product(plan.data, plan.sizes)
+        ]
         self.about = {"version": __version__, "revision": revision(), "machine": machine(), "command": call.command}
 
     def run(self) -> Iterator[Record]:
@@ -54,11 +58,11 @@ class Laboratory:
 
         Raises ConfigError if a row was made with other settings.
         """
-        plan, frozen_encoder = self.plan, plan_encoder(self.plan)
+        plan, encoder = self.plan, plan_encoder(self.plan)
         for (data, tables_of), seed in itertools.product(plan.data.items(), plan.splits):
-            tag = self._prepared(data, tables_of, seed, frozen_encoder)
-            for adapters, student in itertools.product(plan.adapters, plan.students):
-                yield from self._reference(data, seed, tag, adapters, student)
+            tag = self._prepared(data, tables_of, seed, encoder)
+            for adapters in plan.adapters:
+                yield from self._reference(data, seed, tag, adapters)
             for size, method, adapters in itertools.product(plan.sizes, plan.methods, plan.adapters):
                 cell = Cell(data, seed, method, size, adapters)
                 if cell.possible:
@@ -66,15 +70,11 @@ class Laboratory:
 
     def pictures(self) -> dict[str, bytes]:
         """Title -> PNG of the encodings of the first method's sets, as far as they were drawn."""
-        cells = (Cell(d, s, m, size, False) for d, s, m, size in self._grid())
-        paths = {cell.name: self.folder.path("pictures", f"{cell.name}.png") for cell in cells if self._drawn(cell)}
+        paths = {cell.name: self._picture(cell) for cell in self.drawn}
         return {name: storage.read_bytes(path) for name, path in paths.items() if storage.exists(path)}
 
-    def _grid(self) -> Iterator[tuple[str, int, Method, float]]:
-        return itertools.product(self.plan.data, self.plan.splits, self.plan.methods, self.plan.sizes)
-
-    def _drawn(self, cell: Cell) -> bool:
-        return (cell.method.name, cell.seed, cell.adapters) == (self.plan.methods[0].name, self.plan.splits[0], False)
+    def _picture(self, cell: Cell) -> str:
+        return self.folder.path("pictures", f"{cell.name}.png")
 
     # -- one cell -----------------------------------------------------------------------------------------
 
@@ -88,11 +88,10 @@ class Laboratory:
             made = self._made(cell, tag, pool, encoder, config)
             encoder.reset_adapters(0)
             self._encode(pool, encoder)
+            trained_on = training_set(cell, made, pool, encoder, config, EvaluateConfig().recipe)
             for student, row in known.items():
-                evaluation = self._evaluation(student)
                 if row is None:
-                    trained = training_set(cell, made, pool, encoder, config, evaluation.recipe)
-                    scored = score(trained, pool, encoder, evaluation, self._progress)
+                    scored = score(trained_on, pool, encoder, self._evaluation(student), self.tell.progress)
                     row = self._keep(cell, student, tag, scored, {"seconds": made.metrics["made"]["seconds"]})
                 yield row
 
@@ -107,42 +106,51 @@ class Laboratory:
         encoder.reset_adapters(config.seed)
         self._encode(pool, encoder)
         checkpoint = Checkpoint(self.folder.path("work", f"{cell.name}.safetensors"), identity(tag, encoder, config))
-        made = cell.make(tag, pool, encoder, self.callbacks, checkpoint)
+        made = cell.make(tag, pool, encoder, self.tell, checkpoint)
         facts = made.metrics["made"] | {"identity": self._identity(cell, tag)}
         made = dataclasses.replace(made, metrics=made.metrics | {"made": facts})
-        if self._drawn(cell):
+        if cell in self.drawn:
             encoder.reset_adapters(0)
             self._encode(pool, encoder)
             picture = draw_encodings(pool, encodings(made, encoder).numpy(), made.labels.argmax(1).numpy(), cell.name)
-            storage.write_atomic(self.folder.path("pictures", f"{cell.name}.png"), picture)
+            storage.write_atomic(self._picture(cell), picture)
         made.save_pretrained(path)
         return made
 
-    def _reference(self, data: str, seed: int, tag: PreparedTag, adapters: bool, student: str) -> Iterator[Record]:
-        """Everything as the training set, its learning rate chosen on validation nodes: test is read for that one."""
-        method = Method(FULL, FULL, "", self.plan.settings)
-        cell = Cell(data, seed, method, 0, adapters)
-        config, evaluation = cell.config(len(tag.classes)), self._evaluation(student)
-        row = self._row(cell, student, tag)
-        if row is None:
-            with self._opened(tag, config) as (pool, encoder):
-                encoder.reset_adapters(0)
-                self._encode(pool, encoder)
-                tried: dict[float, Row] = {}
-                for rate in self.plan.full_lr:
-                    recipe = dataclasses.replace(evaluation.recipe, gnn_lr=rate)
-                    everything = full_set(pool, encoder, recipe, evaluation.full_epochs)
-                    tried[rate] = score(everything, pool, encoder, evaluation, self._progress)
-                rate = max(tried, key=lambda rate: float(np.mean(tried[rate].val_accuracy)))
-            row = self._keep(cell, student, tag, tried[rate], {"gnn_lr": rate})
-        yield row
+    def _reference(self, data: str, seed: int, tag: PreparedTag, adapters: bool) -> Iterator[Record]:
+        """Every student trained on everything."""
+        cell = Cell(data, seed, Method(FULL, FULL, "", self.plan.settings), 0, adapters)
+        known = {student: self._row(cell, student, tag) for student in self.plan.students}
+        if all(known.values()):
+            yield from (row for row in known.values() if row)
+            return
+        with self._opened(tag, cell.config(len(tag.classes))) as (pool, encoder):
+            whole = WholeGraph(tag)
+            for student, row in known.items():
+                if row is None:
+                    scored, rate = self._on_everything(whole, pool, encoder, self._evaluation(student))
+                    row = self._keep(cell, student, tag, scored, {"gnn_lr": rate})
+                yield row
+
+    def _on_everything(
+        self, whole: WholeGraph, pool: ShardPool, encoder: Encoder, evaluation: EvaluateConfig
+    ) -> tuple[Row, float]:
+        """The row of the learning rate whose students validate best, and that rate: test is read for that one alone."""
+        tried = {}
+        for rate in self.plan.full_lr:
+            encoder.reset_adapters(0)  # the first student starts from these encodings, whatever was tried before
+            self._encode(pool, encoder)
+            recipe = dataclasses.replace(evaluation.recipe, gnn_lr=rate)
+            everything = full_set(whole, pool, encoder, recipe, evaluation.full_epochs)
+            tried[rate] = everything, list(students(everything, pool, encoder, evaluation, self.tell.progress))
+        best = max(tried, key=lambda rate: float(np.mean([each.val_accuracy for each in tried[rate][1]])))
+        return tested(*tried[best], pool, encoder), best
 
     # -- what is known ------------------------------------------------------------------------------------
 
     def _identity(self, cell: Cell, tag: PreparedTag, student: str = "") -> Record:
         """What a set, or a student's row, depends on, as JSON keeps it."""
-        config, method = cell.config(len(tag.classes)).to_dict(), cell.method
-        tree = {name: value for name, value in config.items() if name not in ("runtime", "cluster")}
+        tree, method = cell.config(len(tag.classes)).deciding(), cell.method
         tree |= {"data hash": tag.meta["hash"], "method": [method.kind, method.source, method.invert]}
         if student:
             tree["evaluation"] = dataclasses.asdict(self._evaluation(student)) | {"full_lr": self.plan.full_lr}
@@ -193,11 +201,7 @@ class Laboratory:
         return prepare(source, path, encoder=encoder, split_seed=seed, name=name, **rest)
 
     def _encode(self, pool: ShardPool, encoder: Encoder) -> None:
-        pool.encode(encoder.adapters(), lambda done, total: self._progress("encode", done, total, {}))
-
-    def _progress(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        for callback in self.callbacks:
-            callback.progress(stage, done, total, metrics)
+        pool.encode(encoder.adapters(), lambda done, total: self.tell.progress("encode", done, total, {}))
 
 
 def _same(path: str, saved: Record, now: Record) -> None:

@@ -23,7 +23,8 @@ from talk_dist.errors import ConfigError, DataError
 
 @dataclass
 class DistillState:
-    """What an outer epoch starts from. ``best`` is (x_s, y_s) as it was when it validated best."""
+    """What an outer epoch starts from. ``best`` is (x_s, y_s) as it was when it validated best; ``start_seconds`` is
+    what the start took, in whichever process made it."""
 
     x_s: Tensor  # (M, T, d_tok)
     y_s: Tensor  # (M, C)
@@ -34,6 +35,7 @@ class DistillState:
     best_epoch: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
+    start_seconds: float = 0.0
 
     def offer(self, accuracy: float) -> bool:
         """Keep the current set if it is the best so far; the earlier of two equals stays."""
@@ -62,7 +64,8 @@ class Checkpoint:
         if state.best is not None:
             tensors["best.x_s"], tensors["best.y_s"] = state.best
         tensors |= {f"optimizer.{name}": value for name, value in state.optimizer.items()}
-        scalars = {name: getattr(state, name) for name in ("epoch", "best_accuracy", "best_epoch", "history")}
+        names = ("epoch", "best_accuracy", "best_epoch", "history", "start_seconds")
+        scalars = {name: getattr(state, name) for name in names}
         metadata = {"state": json.dumps(scalars), "identity": json.dumps(self.identity)}
         data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         if self.guard:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,8 +15,10 @@ from talk_dist.commands.compare import settings_of
 from talk_dist.compare import laboratory, report
 from talk_dist.compare.plan import read_plan
 from talk_dist.config import DistillConfig
-from talk_dist.evaluate import EvaluateConfig, evaluate
+from talk_dist.evaluate import EvaluateConfig, evaluate, full_set, score
+from talk_dist.runtime.callbacks import ProgressLines
 from talk_dist.runtime.pool import LocalPool
+from talk_dist.synthetic.plot import plot
 
 LITTLE = {
     "synthetic.tokens": 4,
@@ -77,16 +81,16 @@ def test_a_row_is_what_evaluate_says(plan, told, tags, make_encoder, tmp_path):
 def test_it_goes_on_from_anywhere_to_the_same_rows(plan, told, tmp_path, monkeypatch):
     path = plan(students=["gcn", "sgc"])
     told("compare", path, "--out", tmp_path / "whole")
-    score, calls = laboratory.score, 0
+    keep, calls = laboratory.Laboratory._keep, 0
 
     def stopped(*arguments):
         nonlocal calls
         calls += 1
         if calls % 3 == 0:
             raise KeyboardInterrupt
-        return score(*arguments)
+        return keep(*arguments)
 
-    monkeypatch.setattr(laboratory, "score", stopped)
+    monkeypatch.setattr(laboratory.Laboratory, "_keep", stopped)
     codes = []
     while not codes or codes[-1]:
         codes.append(laboratory_exit(path, tmp_path / "cut"))
@@ -99,6 +103,62 @@ def laboratory_exit(path, out):
     from talk_dist.cli import main
 
     return main(["compare", path, "--out", str(out)])
+
+
+def test_test_nodes_are_read_for_the_chosen_learning_rate_alone(plan, told, tags, make_encoder, tmp_path, monkeypatch):
+    """Two students, three rates, two seeds. The graph is read and the pool opened once for both students."""
+    asked, graphs, opened = [], [], []
+    scores, whole, place = LocalPool.student_scores, laboratory.WholeGraph, laboratory.place
+    monkeypatch.setattr(LocalPool, "student_scores", lambda *a: asked.append(a[2]) or scores(*a))
+    monkeypatch.setattr(laboratory, "WholeGraph", lambda tag: graphs.append(tag) or whole(tag))
+    monkeypatch.setattr(laboratory, "place", lambda config: opened.append(config) or place(config))
+    rates = [1e-3, 5e-3, 2e-2]
+    path = plan(students=["gcn", "sgc"], full_lr=rates, methods={"medoid": METHODS["medoid"]})
+    told("compare", path, "--out", tmp_path / "out")
+    reads = [index for index, splits in enumerate(asked) if "test" in splits]
+    assert len(reads) == 8  # four of the reference, four of the medoids
+    assert reads[1] == reads[0] + 1  # the reference's come after all of its training
+    assert reads[3] == reads[2] + 1
+    assert (len(graphs), len(opened)) == (1, 2)  # for the reference, and for the medoids
+
+    encoder, config, settings = make_encoder(), DistillConfig(), EvaluateConfig(seeds=2)
+    pool = LocalPool(tags[2], encoder, config.kernel, config.runtime)
+    pool.encode({})
+    tried = {}
+    for rate in rates:
+        recipe = dataclasses.replace(settings.recipe, gnn_lr=rate)
+        tried[rate] = score(full_set(whole(tags[2]), pool, encoder, recipe, 1), pool, encoder, settings)
+    best = max(tried, key=lambda rate: np.mean(tried[rate].val_accuracy))
+    row = next(row for row in rows_in(tmp_path / "out") if (row["method"], row["student"]) == ("full", "gcn"))
+    assert (row["gnn_lr"], row["accuracy"]) == (best, list(tried[best].accuracy))
+
+
+def test_a_distillation_that_is_resumed_counts_all_its_seconds(plan, told, tmp_path, monkeypatch):
+    path, epoch, out = plan(methods={"talk": METHODS["talk"]}), ProgressLines.epoch, tmp_path / "out"
+
+    def stopped(*arguments):
+        monkeypatch.setattr(ProgressLines, "epoch", epoch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressLines, "epoch", stopped)  # of epoch 0, before it is saved
+    told("compare", path, "--out", out, code=130)
+    (saved,) = (out / "work").glob("*.safetensors")
+    header = saved.read_bytes()
+    tree = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"]
+    before = json.loads(tree["state"])["start_seconds"]
+    assert before > 0
+    told("compare", path, "--out", out)
+    made = laboratory.SyntheticTAG.from_pretrained(out / "sets" / "toy-split_0-talk-6-frozen")
+    epochs = sum(record["seconds"]["epoch"] for record in made.metrics["history"])
+    assert made.metrics["made"]["seconds"] == pytest.approx(before + epochs)
+
+
+def test_pictures_need_matplotlib_and_that_is_told_at_once(plan, told, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    _, err = told("compare", plan(), "--out", tmp_path / "out", code=2)
+    assert 'matplotlib is not installed; pip install "talk-dist[plot]"' in err
+    assert not (tmp_path / "out").exists()
+    assert plot({}, "toy", tmp_path / "run.png") == 'not drawn: it needs matplotlib (pip install "talk-dist[plot]")'
 
 
 def test_rows_of_other_settings_are_refused(plan, told, tmp_path):
