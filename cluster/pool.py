@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from talk_dist.runtime.pool import (
     peak_gpu_memory,
     peak_memory,
 )
+from talk_dist.runtime.shard import field_names, halo_depth
 
 
 class RayPool:
@@ -64,7 +66,7 @@ class RayPool:
         cache = everywhere(runtime.cache_for(path))
         self._specs = [ShardSpec(path, part, kernel, cache) for part in range(tag.num_parts)]
         self._level = dict.fromkeys(range(tag.num_parts), 0)  # part -> phases of `_bring_up` behind it
-        self._halo_depth = max(1, kernel.hops - 1)
+        self._kernel = kernel
         self._version: str | None = None
         self._adapters: Any = None
         self._teacher: Any = None
@@ -164,14 +166,20 @@ class RayPool:
         phases: list[tuple[str, Start]] = [
             ("load", lambda part: self._actor(part).load.remote(self._specs[part], self._encoder, threads)),
             ("encode", lambda part: self._actor(part).encode.remote(part, self._adapters, self._workers())),
-            ("exchange", self._exchange("H", 1)),
-            ("propagate", lambda part: self._actor(part).call.remote(part, "propagate")),
-            ("exchange", self._exchange("Z", self._halo_depth)),
+            *(step for hop in pairwise(field_names(self._kernel)) for step in self._hop(*hop)),
+            ("exchange", self._exchange("Z", halo_depth(self._kernel))),
             ("propagate", lambda part: self._actor(part).call.remote(part, "measure_norms")),
         ]
         if self._teacher is not None:
             phases.append(("learn", lambda part: self._actor(part).call.remote(part, "learn", self._teacher)))
         return phases
+
+    def _hop(self, source: str, target: str) -> list[tuple[str, Start]]:
+        """Fields stay where they are: whoever is brought up later finds the halo of each hop."""
+        return [
+            ("exchange", self._exchange(source, 1)),
+            ("propagate", lambda part: self._actor(part).call.remote(part, "propagate", source, target)),
+        ]
 
     def _student_scores(
         self, state: Any, stages: int, splits: Sequence[str], failures: Failures

@@ -53,10 +53,13 @@ class EncoderConfig:
 class KernelConfig:
     """The graph-aware neural tangent kernel and its ridge regression."""
 
+    architecture: Literal["gcn", "sgc"] = "gcn"
+    """`gcn`: non-linear layers after every hop (the paper's). `sgc`: all hops first, then the layers: a row needs no
+    neighbours, so that a step costs less and its norms are exact."""
     hops: int = 2
     """K: hops of propagation."""
     layers: int = 1
-    """L: non-linear layers per hop."""
+    """L: non-linear layers per hop, or after all of them."""
     propagation: Literal["mean", "sym"] = "mean"
     """`mean` is D^-1 A (the paper's), `sym` is D^-1/2 A D^-1/2 (a GCN's)."""
     norms: Literal["exact", "linear"] = "exact"
@@ -78,6 +81,11 @@ class KernelConfig:
             ridge=(self.ridge >= 0, self.ridge, "not negative"),
             chunk_mib=(self.chunk_mib >= 1, self.chunk_mib, "at least 1"),
         )
+
+    @property
+    def rounds(self) -> int:
+        """How often layers follow a hop: K, or once."""
+        return self.hops if self.architecture == "gcn" else 1
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,9 @@ class OuterConfig:
     """Outer epochs: inner loop, encoding of the real texts, validation, steps."""
     steps: int = 8
     """Outer steps per epoch."""
+    rows: int = 0
+    """About so many real rows in each step, here and on the encodings of stage one, in turn until all have been seen;
+    0 takes all of them in every step."""
     lr: float = 1e-3
     """AdamW learning rate of the token embeddings."""
     label_lr: float = 1e-2
@@ -221,6 +232,7 @@ class OuterConfig:
             "outer",
             epochs=(self.epochs >= 0, self.epochs, "not negative"),
             steps=(self.steps >= 1, self.steps, "at least 1"),
+            rows=(self.rows == 0 or self.rows >= 16, self.rows, "0 or at least 16"),
             lr=(self.lr > 0, self.lr, "positive"),
             patience=(self.patience >= 1, self.patience, "at least 1"),
             inject_batch=(self.inject_batch >= 1, self.inject_batch, "at least 1"),

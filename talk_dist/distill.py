@@ -103,7 +103,7 @@ def outer_steps(
         dropout = config.seed + 1_000_003 * (state.epoch + 1) + 4099 * step if outer.dropout else None
         with meter.time("inject"):
             h_s = encoder.encode_embeds(state.x_s, batch=outer.inject_batch, dropout_seed=dropout)
-        gradient = objective(h_s, state.y_s, float(state.log_temperature))
+        gradient = objective(h_s, state.y_s, float(state.log_temperature), state.epoch * outer.steps + step)
         with meter.time("inject"):
             d_xs = encoder.inject(state.x_s, gradient.d_hs, batch=outer.inject_batch, dropout_seed=dropout)
         d_ys = gradient.d_ys if config.synthetic.learn_labels else None

@@ -156,6 +156,6 @@ def ridge_scores(
     pool.encode(encoder.adapters())
     counts = class_counts(pool.tag, config.synthetic.size)
     h_s = torch.from_numpy(class_centres(sample_for(pool, counts, config.seed), counts, config.seed))
-    k_ss = synthetic_kernel(h_s.double(), config.kernel.hops, config.kernel.layers)
+    k_ss = synthetic_kernel(h_s.double(), config.kernel.rounds, config.kernel.layers)
     duals = ridge_path(k_ss, one_hot_labels(counts), ladder)
     return dict(zip(ladder, map(accuracy, pool.krr_scores(h_s.numpy(), duals.numpy(), "val")), strict=True))

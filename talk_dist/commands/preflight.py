@@ -53,7 +53,7 @@ def listed(problems: Sequence[str]) -> str:
 
 def check_tag(tag: PreparedTag, config: DistillConfig, splits: Sequence[str], problems: Problems) -> None:
     """What ``config`` and a prepared graph must have in common, encoder apart."""
-    meta, hops = tag.meta, config.kernel.hops
+    meta, hops = tag.meta, config.kernel.rounds
     problems.attempt(lambda: class_counts(tag, config.synthetic.size))
     halo_hops = meta["partition"]["halo_hops"]
     if hops > halo_hops + 1:

@@ -24,11 +24,18 @@ class ShardSpec:
 @dataclass(frozen=True)
 class LossSpec:
     """Which loss, its current log temperature, and what the scores are compared with: "labels" of the training rows,
-    or what the "teacher" says of every row."""
+    or what the "teacher" says of every row; of these rows those in ``fold``, one of ``folds`` parts at random."""
 
     kind: str
     log_temperature: float = 0.0
     targets: str = "labels"
+    fold: int = 0
+    folds: int = 1
+
+    @property
+    def split(self) -> str:
+        """Whose rows they are."""
+        return "train" if self.targets == "labels" else "all"
 
 
 @dataclass(frozen=True)

@@ -186,14 +186,14 @@ def _total(shard: dict[str, int]) -> int:
 def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, width: int) -> dict[str, int]:
     own, local, entries = part["nodes"], part["nodes"] + part["halo"], part["entries"]
     item = 8 if config.kernel.precision == "float64" else 4
-    deeper = max(0, config.kernel.hops - 1)
+    deeper, before = config.kernel.rounds - 1, config.kernel.hops - config.kernel.rounds
     return {
         "tokens": 4 * part["tokens"] + 8 * (own + 1),
         "graph": 8 * entries + 8 * (local + 1) + 8 * local + 21 * part["halo"] + 29 * own,
         "propagation": 12 * entries + 4 * (local + 1),
         "H": 4 * local * width,
-        "Z": item * local * width,
-        "norms": item * local * config.kernel.hops,
+        "Z": item * local * width * (1 + before),
+        "norms": item * local * config.kernel.rounds,
         "targets": 4 * own * len(meta["classes"]) if config.outer.targets == "teacher" else 0,
         "student": 4 * local * max(config.student.hidden, width) * 2 + 12 * entries,
         "chunks": deeper * entries * (8 + item),
@@ -212,7 +212,7 @@ def _working(
     classes = len(meta["classes"])
     taught = config.outer.targets == "teacher"
     square, sample = 8 * m * m, _sample(meta, m, model.width)
-    solve = (2 + SOLVE_BUFFERS * kernel.hops * kernel.layers) * square
+    solve = (2 + SOLVE_BUFFERS * kernel.rounds * kernel.layers) * square
     working = {
         "encode": HEAP * model.activations(config.encoder.batch_tokens / longest, longest, kept=False)
         + 2 * 4 * biggest * model.width,

@@ -37,18 +37,27 @@ class Objective:
     pool: ShardPool
     config: DistillConfig
 
-    def __call__(self, h_s: Tensor, y_s: Tensor, log_temperature: float) -> OuterGradient:
-        """Loss and gradient at encodings ``h_s`` (M, d) and labels ``y_s`` (M, C)."""
-        kernel, kind, targets = self.config.kernel, self.config.outer.loss, self.config.outer.targets
+    def __call__(self, h_s: Tensor, y_s: Tensor, log_temperature: float, step: int = 0) -> OuterGradient:
+        """Loss and gradient at encodings ``h_s`` (M, d) and labels ``y_s`` (M, C), over the real rows whose turn it is
+        in this ``step``: all of them, unless `outer.rows` says otherwise."""
+        kernel, outer = self.config.kernel, self.config.outer
         h_s, meter = h_s.cpu(), self.pool.meter
         with meter.time("solve"):
             _, solution = self._solve(h_s, y_s)
-        sums = self.pool.loss_and_grads(h_s.numpy(), solution.dual.numpy(), LossSpec(kind, log_temperature, targets))
-        scale = loss_scale(kind, sums.num_rows, y_s.shape[1])
+        loss = LossSpec(outer.loss, log_temperature, outer.targets, step % self.folds, self.folds)
+        sums = self.pool.loss_and_grads(h_s.numpy(), solution.dual.numpy(), loss)
+        scale = loss_scale(outer.loss, sums.num_rows, y_s.shape[1])
         d_dual, d_hs = scale * torch.from_numpy(sums.d_dual), scale * torch.from_numpy(sums.d_hs)
         with meter.time("solve"):
-            d_hs, d_ys = complete_gradient(h_s, solution, d_dual, d_hs, kernel.hops, kernel.layers)
+            d_hs, d_ys = complete_gradient(h_s, solution, d_dual, d_hs, kernel.rounds, kernel.layers)
         return OuterGradient(scale * sums.loss, d_hs, d_ys, scale * sums.d_log_temperature)
+
+    @property
+    def folds(self) -> int:
+        """Steps in which every real row has its turn."""
+        outer, meta = self.config.outer, self.pool.tag.meta
+        rows = meta["num_nodes"] if outer.targets == "teacher" else meta["split_sizes"]["train"]
+        return max(1, round(rows / outer.rows)) if outer.rows else 1
 
     def fitted(self, h_s: Tensor, y_s: Tensor) -> Tensor:
         """What the kernel predictor says of the synthetic nodes themselves, K_ss B (M, C) float64."""
@@ -64,7 +73,7 @@ class Objective:
     def _solve(self, h_s: Tensor, y_s: Tensor) -> tuple[Tensor, DualSolution]:
         """K_ss (M, M) float64 and the dual coefficients."""
         kernel = self.config.kernel
-        k_ss = synthetic_kernel(h_s.double(), kernel.hops, kernel.layers)
+        k_ss = synthetic_kernel(h_s.double(), kernel.rounds, kernel.layers)
         return k_ss, dual_coefficients(k_ss, y_s, kernel.ridge)
 
 

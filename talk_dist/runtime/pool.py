@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from talk_dist.models.protocol import Adapters, Encoder, Progress
 from talk_dist.resources import RuntimeConfig
 from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, StudentState
 from talk_dist.runtime.meter import Meter
-from talk_dist.runtime.shard import Shard
+from talk_dist.runtime.shard import Shard, field_names, halo_depth
 
 SAMPLE_PER_NODE = 512  # sampled training rows of a class per synthetic node: bounds the driver's memory
 SAMPLE_MINIMUM = 4096
@@ -92,7 +93,7 @@ class LocalPool:
             for part in range(tag.num_parts)
         ]
         self.meter = Meter()
-        self._halo_depth = max(1, kernel.hops - 1)
+        self._kernel = kernel
         self._exchanged = False
 
     def encode(self, adapters: Adapters, progress: Progress | None = None) -> bool:
@@ -101,11 +102,12 @@ class LocalPool:
         if self._exchanged and not any(changed):
             return False
         self._exchanged = False  # until the end: an interrupt in between must not leave new H beside old Z
-        self._exchange("H", 1)
-        with self.meter.time("propagate"):
-            for shard in self.shards:
-                shard.propagate()
-        self._exchange("Z", self._halo_depth)
+        for source, target in pairwise(field_names(self._kernel)):
+            self._exchange(source, 1)
+            with self.meter.time("propagate"):
+                for shard in self.shards:
+                    shard.propagate(source, target)
+        self._exchange("Z", halo_depth(self._kernel))
         with self.meter.time("propagate"):
             for shard in self.shards:
                 shard.measure_norms()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from talk_dist.config import KernelConfig
 from talk_dist.data.splits import hash_ids
 from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import ConfigError
@@ -27,7 +29,18 @@ from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, 
 from talk_dist.runtime.encodings import EncodingCache
 
 TEACHER_ROWS = 8192  # rows that the teacher sees at once
+FOLD_SEED = -1  # no split's
 LIVE_BUFFERS = 20  # arrays of the size (rows, M) that a kernel block with gradient holds at its peak
+
+
+def field_names(kernel: KernelConfig) -> list[str]:
+    """H, what each hop makes of it before the first layer, and Z, the last of them, that kernel blocks start from."""
+    return ["H", *(f"P{hop}" for hop in range(1, kernel.hops - kernel.rounds + 1)), "Z"]
+
+
+def halo_depth(kernel: KernelConfig) -> int:
+    """How deep a halo of Z is needed: a kernel of K rounds reaches K - 1 hops, `sample` and `learn` one."""
+    return max(1, kernel.hops - 1) if kernel.architecture == "gcn" else 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Shard:
         tag = PreparedTag(spec.path)
         tag.check_tokenizer(encoder.config.name, encoder.tokenizer.fingerprint)
         halo_hops = tag.meta["partition"]["halo_hops"]
-        if spec.kernel.hops > halo_hops + 1:
+        if spec.kernel.rounds > halo_hops + 1:
             raise ConfigError(
                 f"kernel.hops = {spec.kernel.hops}, but {spec.path} has halos for {halo_hops + 1} hops; "
                 f"prepare it again with --halo_hops {spec.kernel.hops - 1}"
@@ -62,7 +75,7 @@ class Shard:
         self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if spec.cache else None
         self._fields: dict[str, np.ndarray] = {}  # name -> (own + halo, width)
         self._encoded_with: str | None = None
-        self._chunks: dict[tuple[str, int], list[_Chunk]] = {}
+        self._chunks: dict[tuple[str, int, int, int], list[_Chunk]] = {}
 
     # -- encoding and halo exchange -----------------------------------------------------------------------
 
@@ -101,7 +114,7 @@ class Shard:
             self._fields[name][self.part.num_own + near[owners == owner]] = reply
 
     def propagate(self, source: str = "H", target: str = "Z") -> None:
-        """target = P source on own rows; the source's direct halo must be there."""
+        """target = P source on own rows; the source's direct halo must be there. `field_names` has the names."""
         matrix = to_torch(self._propagation[: self.part.num_own], self.dtype)
         x = torch.from_numpy(self._fields[source]).to(self.dtype)
         self._set(target, (matrix @ x).numpy())
@@ -109,7 +122,7 @@ class Shard:
     def measure_norms(self) -> None:
         """Norms of every hop, from Z with its halo. Once per encoding."""
         kernel = self.spec.kernel
-        levels = [np.flatnonzero(self._depth < kernel.hops - hop) for hop in range(kernel.hops)]
+        levels = [np.flatnonzero(self._depth < kernel.rounds - hop) for hop in range(kernel.rounds)]
         matrices = []
         for outer, inner in pairwise(levels):
             matrices.append(self._propagation[inner][:, outer])
@@ -124,12 +137,12 @@ class Shard:
     # -- the kernel ---------------------------------------------------------------------------------------
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
-        """Sums over own training rows, chunk by chunk (method, section 4, step 2)."""
+        """Sums over own rows of a fold, chunk by chunk (method, section 4, step 2)."""
         leaf, b = self._tensor(h_s).requires_grad_(), self._tensor(dual)
         total = log_temperature = 0.0
         d_dual = torch.zeros(b.shape, dtype=torch.float64)
         d_hs = torch.zeros(leaf.shape, dtype=torch.float64)
-        chunks = self._plan("train" if loss.targets == "labels" else "all", len(h_s))
+        chunks = self._plan(loss.split, len(h_s), loss.fold, loss.folds)
         for chunk in chunks:
             kernel = self._block(chunk, leaf)
             block = kernel.detach()
@@ -163,21 +176,32 @@ class Shard:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.device, self.dtype)
 
-    def _plan(self, split: str, num_synthetic: int) -> list[_Chunk]:
-        """The rows of ``split`` in chunks whose kernel block fits kernel.chunk_mib."""
-        key = (split, num_synthetic)
+    def _plan(self, split: str, num_synthetic: int, fold: int = 0, folds: int = 1) -> list[_Chunk]:
+        """The rows of ``split`` and ``fold`` in chunks whose kernel block fits kernel.chunk_mib.
+
+        The fold of a row depends on its id alone, as its split does: not on the sharding.
+        """
+        key = (split, num_synthetic, fold, folds)
         if key not in self._chunks:
             bytes_per_row = num_synthetic * self.dtype.itemsize * LIVE_BUFFERS
             limit = max(1, (self.spec.kernel.chunk_mib << 20) // bytes_per_row)
-            self._chunks[key] = self._split(self.part.rows_of(split), limit)
+            rows = self.part.rows_of(split)
+            if folds > 1:
+                rows = rows[self._lot[rows] * np.uint64(folds) >> np.uint64(32) == fold]
+            self._chunks[key] = self._split(rows, limit)
         return self._chunks[key]
+
+    @cached_property
+    def _lot(self) -> np.ndarray:
+        """(n,) uint64 below 2^32: where in its split a row falls."""
+        return hash_ids(self.part.node_id, FOLD_SEED) >> np.uint64(32)
 
     def _split(self, rows: np.ndarray, limit: int) -> list[_Chunk]:
         if not len(rows):
             return []
         fields: list[np.ndarray] = [rows]
         matrices: list[Tensor] = []
-        for _ in range(self.spec.kernel.hops - 1):
+        for _ in range(self.spec.kernel.rounds - 1):
             sub: sp.csr_matrix = self._propagation[fields[0]]
             support = np.unique(sub.indices)
             fields.insert(0, support)
@@ -233,7 +257,9 @@ class Shard:
         return self._taught[torch.from_numpy(rows)]
 
     def _smoothed(self, rows: np.ndarray) -> np.ndarray:
-        """P^2 H (len(rows), d) float32."""
+        """P^2 H (len(rows), d) float32, or what the kernel starts from where all hops come first."""
+        if self.spec.kernel.architecture == "sgc":
+            return self._fields["Z"][rows].astype(np.float32)
         matrix = to_torch(self._propagation[rows], self.dtype)
         return (matrix @ torch.from_numpy(self._fields["Z"]).to(self.dtype)).float().numpy()
 

@@ -44,9 +44,11 @@ def work(
     forward = m * t * model.token_flop(t) / ENCODER_SHARE
     inject = 3 * forward  # once without gradient, once with, and back
     taught = outer.targets == "teacher"
-    rows = nodes if taught else min(nodes, train * max(1.0, entries / nodes) ** (config.kernel.hops - 1))  # receptive
-    elements = rows * m * config.kernel.hops * config.kernel.layers
-    block = 3 * (2.0 * rows * m * model.width + elements * ELEMENT_FLOP)
+    reach = max(1.0, entries / nodes) ** (config.kernel.rounds - 1)  # rows of the receptive field of one
+    row = m * (2.0 * model.width + config.kernel.rounds * config.kernel.layers * ELEMENT_FLOP)
+    wanted = nodes if taught else train
+    step = 3 * row * min(nodes, min(wanted, outer.rows or wanted) * reach)
+    predicted = row * min(nodes, meta["split_sizes"]["val"] * reach)
     scores = (2.0 * nodes * model.width * config.student.hidden + 2.0 * entries * config.student.hidden) / SMALL_SHARE
     student = 6.0 * m * config.student.hidden * (model.width + classes) / SMALL_SHARE
     fit = inner.passes * ((3 * forward if adapters else 0.0) + student)
@@ -59,10 +61,10 @@ def work(
     if config.synthetic.init == "two-stage":
         two = config.two_stage
         checks = (two.feature_steps // two.validate_every + 1) * (1 + two.soft_labels)
-        flop["initialise"] = two.feature_steps * block + checks * (inner.passes * student + scores)
+        flop["initialise"] = two.feature_steps * step + checks * (inner.passes * student + scores + predicted)
         flop["initialise"] += two.token_steps * 2 * forward
         steps["initialise"] += two.feature_steps + checks * inner.passes + two.token_steps
-    flop["outer epochs"] = epochs * (fit + scores + block / 3) + outer.epochs * outer.steps * (inject + block)
+    flop["outer epochs"] = epochs * (fit + scores + predicted) + outer.epochs * outer.steps * (inject + step)
     if evaluation is not None:
         small = 1 + sum(name != "full" for name in evaluation.against)
         checks = evaluation.recipe.passes // evaluation.recipe.select_every + 1

@@ -106,7 +106,7 @@ def optimise_encodings(
                 val_accuracy = student_accuracy(pool, student, "val")
                 if val_accuracy > best_accuracy:
                     best, best_accuracy = (h_s.detach().clone(), labels, log_temperature.item()), val_accuracy
-        gradient = objective(h_s.detach(), y_s, log_temperature.item())
+        gradient = objective(h_s.detach(), y_s, log_temperature.item(), step)
         facts = {"loss": gradient.loss, "val": best_accuracy, "krr_val": krr_accuracy}
         report("encodings", step, settings.feature_steps, facts)
         h_s.grad = gradient.d_hs.to(h_s)

@@ -125,6 +125,73 @@ def test_what_the_teacher_said_is_forgotten_with_the_encodings(make_encoder, mak
         pool.loss_and_grads(h_s, np.ones((3, 3)), LossSpec("mse", targets="teacher"))
 
 
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(
+    ("hops", "layers", "propagation", "loss"), [(1, 1, "mean", "mse"), (2, 1, "mean", "ce"), (3, 2, "sym", "mse")]
+)
+def test_hops_before_the_layers_are_the_dense_kernel_of_propagated_rows(
+    graph, prepare_graph, table_encoder, make_pool, synthetic, parts, hops, layers, propagation, loss
+):
+    """architecture "sgc": one round of layers on P^K H of nodes by themselves, with a halo of one hop for any K."""
+    tag = prepare_graph(graph, parts=parts, halo_hops=1)
+    encoder = table_encoder()
+    pool = make_pool(encoder, tag, architecture="sgc", hops=hops, layers=layers, propagation=propagation)
+    mine = objective_of(pool, loss)(*synthetic)
+
+    h_s, y_s = (tensor.clone().requires_grad_() for tensor in synthetic[:2])
+    log_t = torch.tensor(synthetic[2], dtype=torch.float64, requires_grad=True)
+    whole = prepare_graph(graph, parts=1, halo_hops=1)
+    p = torch.linalg.matrix_power(reference.propagation(graph.adjacency, propagation), hops)
+    rows = graph.rows("train")
+    z = (p @ torch.from_numpy(encoder.encode_tokens(whole.partition(0).tokens)))[rows]
+    alone = torch.eye(len(z), dtype=torch.float64)
+    _, every_norm = reference.joint_ntk(alone, z, h_s.detach(), 1, layers)
+    k_ts = reference.kernel_ts(alone, z, h_s, [n[: len(z)] for n in every_norm], layers)
+    truth = reference.krr_loss(
+        reference.kernel_ss(h_s, 1, layers), k_ts, y_s, torch.from_numpy(graph.label[rows]), 1e-2, loss, log_t
+    )
+    expected = torch.autograd.grad(truth, [h_s, y_s, log_t], materialize_grads=True)
+    assert mine.loss == pytest.approx(truth.item(), rel=1e-11)
+    torch.testing.assert_close(mine.d_hs, expected[0], rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(mine.d_ys, expected[1], rtol=1e-8, atol=1e-11)
+    assert mine.d_log_temperature == pytest.approx(expected[2].item(), rel=1e-9, abs=1e-15)
+    np.testing.assert_allclose(np.sort(pool.sample(99, 0).features, axis=0), np.sort(z, axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gcn", "sgc"])
+@pytest.mark.parametrize("targets", ["labels", "teacher"])
+def test_folds_add_up_to_the_whole_and_do_not_depend_on_the_sharding(
+    table_encoder, make_pool, synthetic, teacher, architecture, targets
+):
+    """Every row is in one fold; a fold is the same rows however the graph is cut."""
+    h_s, dual = synthetic[0].numpy(), np.random.default_rng(1).normal(size=(9, 3))
+    whole, of_parts = LossSpec("ce", 0.7, targets), []
+    for parts in PARTS:
+        pool = make_pool(table_encoder(), parts, architecture=architecture)
+        pool.learn(StudentState.of(teacher))
+        folds = [pool.loss_and_grads(h_s, dual, replace(whole, fold=fold, folds=4)) for fold in range(4)]
+        at_once = pool.loss_and_grads(h_s, dual, whole)
+        assert all(0 < fold.num_rows < at_once.num_rows for fold in folds)
+        for name in ("loss", "num_rows", "d_dual", "d_hs", "d_log_temperature"):
+            np.testing.assert_allclose(sum(getattr(f, name) for f in folds), getattr(at_once, name), rtol=1e-10)
+        of_parts.append(folds)
+    for folds in of_parts[1:]:
+        for one, other in zip(folds, of_parts[0], strict=True):
+            assert one.num_rows == other.num_rows
+            np.testing.assert_allclose(one.d_hs, other.d_hs, rtol=0, atol=1e-6 if targets == "teacher" else 1e-12)
+
+
+def test_steps_take_the_folds_in_turn(table_encoder, make_pool, synthetic):
+    """`outer.rows`: the mean over a turn of all folds is nearly the whole, and the next turn has the same folds."""
+    objective = objective_of(make_pool(table_encoder(), 2), "mse")
+    assert objective.folds == 1
+    turns = replace(objective, config=replace(objective.config, outer=OuterConfig(rows=16)))
+    losses = [turns(*synthetic, step).loss for step in range(2 * turns.folds)]
+    assert len(set(losses)) == turns.folds > 1
+    assert losses[: turns.folds] == losses[turns.folds :]
+    assert np.mean(losses[: turns.folds]) == pytest.approx(objective(*synthetic).loss, rel=0.2)
+
+
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 def test_gradient_is_the_finite_difference_of_the_loss(table_encoder, make_pool, synthetic, loss):
     """Central differences of the sharded loss itself, in random directions of h_s and y_s, and in the temperature."""
