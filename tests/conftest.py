@@ -213,11 +213,11 @@ def tags(graph, prepare_graph):
 
 @pytest.fixture(scope="session")
 def make_pool(tags):
-    """make_pool(encoder, parts or tag, **kernel settings) -> an encoded LocalPool, float64 unless told."""
+    """make_pool(encoder, parts or tag, **kernel settings) -> an encoded LocalPool, float64 and gcn unless told."""
 
     def make(encoder, parts, cache=False, **kernel):
         tag = tags[parts] if isinstance(parts, int) else parts
-        kernel = KernelConfig(**{"precision": "float64", **kernel})
+        kernel = KernelConfig(**{"precision": "float64", "architecture": "gcn", **kernel})
         pool = LocalPool(tag, encoder, kernel, RuntimeConfig(cache=cache))
         pool.encode(encoder.adapters() if isinstance(encoder, TextEncoder) else {})
         return pool

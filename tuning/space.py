@@ -69,15 +69,17 @@ def default_space() -> list[Parameter]:
     two_stage = {"synthetic.init": ("two-stage",)}
     adapters = {"encoder.adapters": (True,)}
     steps = {"outer.epochs": tuple(range(1, 1000))}
+    norms = {"kernel.architecture": ("gcn",), "kernel.hops": (2, 3)}
     labels = {"synthetic.learn_labels": (True,), **steps}
     return [
         Parameter("synthetic.init", choices=("two-stage", "medoid")),
         Parameter("synthetic.tokens", choices=(8, 16, 32)),
         Parameter("synthetic.learn_labels", choices=(False, True)),
         Parameter("kernel.propagation", choices=("mean", "sym")),
+        Parameter("kernel.architecture", choices=("sgc", "gcn")),
         Parameter("kernel.hops", choices=(1, 2)),
         Parameter("kernel.layers", choices=(1, 2)),
-        Parameter("kernel.norms", choices=("exact", "linear"), when={"kernel.hops": (2, 3)}),
+        Parameter("kernel.norms", choices=("exact", "linear"), when=norms),
         Parameter("kernel.ridge", 1e-4, 1.0, log=True),
         Parameter("outer.loss", choices=("mse", "ce")),
         Parameter("outer.targets", choices=("labels", "teacher")),

@@ -153,7 +153,7 @@ def test_what_crosses_the_driver_does_not_grow_with_the_graph(
 
 
 def test_settings_that_the_graph_cannot_serve_arrive_as_they_are(tags, make_encoder, make_ray_pool):
-    pool = make_ray_pool(tags[2], make_encoder(), kernel=KernelConfig(hops=5), actors=1)
+    pool = make_ray_pool(tags[2], make_encoder(), kernel=KernelConfig(architecture="gcn", hops=5), actors=1)
     with pytest.raises(ConfigError, match=r"kernel\.hops = 5.*prepare it again"):
         pool.encode({})
     pool.close()

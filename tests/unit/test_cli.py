@@ -202,7 +202,7 @@ def test_all_that_is_wrong_is_found_before_encoding(tags, encoder_folder, told, 
     (tmp_path / "file").write_text("")
     settings = words(
         data=tags[2].path, out=tmp_path / "file" / "run", encoder__name=encoder_folder, synthetic__size=2,
-        synthetic__tokens=65, kernel__hops=4,
+        synthetic__tokens=65, kernel__architecture="gcn", kernel__hops=4,
     )  # fmt: skip
     _, err = told("distill", *settings, code=2)
     for problem in (

@@ -30,10 +30,12 @@ def with_values(config, **sections):
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("parts", [1, 7])
-def test_counted_bytes_are_those_of_real_shards(tags, make_encoder, make_pool, parts, precision):
+@pytest.mark.parametrize("architecture", ["gcn", "sgc"])
+def test_counted_bytes_are_those_of_real_shards(tags, make_encoder, make_pool, parts, precision, architecture):
     encoder = make_encoder()
-    pool = make_pool(encoder, parts, precision=precision)
-    config = with_values(DistillConfig(), kernel={"precision": precision})
+    kernel = {"precision": precision, "architecture": architecture, "hops": 3}
+    pool = make_pool(encoder, parts, **kernel)
+    config = with_values(DistillConfig(), kernel=kernel)
     found = plan(tags[parts].meta, config, ModelShape.of(encoder.model.config), 5, None)
     assert len(found.shards) == parts
     for shard, counted in zip(pool.shards, found.shards, strict=True):
@@ -41,6 +43,7 @@ def test_counted_bytes_are_those_of_real_shards(tags, make_encoder, make_pool, p
         assert counted["tokens"] == part.tokens.values.nbytes + part.tokens.offsets.nbytes
         assert counted["H"] == shard._fields["H"].nbytes
         assert counted["Z"] == shard._fields["Z"].nbytes
+        assert counted["hops before"] == sum(field.nbytes for name, field in shard._fields.items() if name[0] == "P")
         graph = [
             part.indptr,
             part.indices,
