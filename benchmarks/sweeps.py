@@ -181,8 +181,9 @@ def fidelity(arguments: argparse.Namespace, more: list[str]) -> None:
         settings = {**trial.params, "kernel.ridge": trial.user_attrs["ridge"], "two_stage.token_steps": 0}
         config = configured(preset(), settings)
         pool = LocalPool(tag, encoder, config.kernel, config.runtime)
-        RealSide(pool, config).encode(encoder, note)
-        initialise(pool, encoder, config, note)
+        real = RealSide(pool, config)
+        real.encode(encoder, note)
+        initialise(real, encoder, config, note)
         validations = [trial.intermediate_values[step] for step in (1, 2)]
         known.append([last["krr_val"], last["val"], *validations, float(trial.user_attrs["accuracy"])])
         print(trial.number, known[-1], flush=True)

@@ -127,9 +127,9 @@ class TwoStageConfig:
     """Stop where each encoding is this near, squared distance relative to its squared norm."""
     validate_every: int = 20
     """Train and validate a fresh student each so many feature steps; the best encodings are kept."""
-    soft_labels: bool = False
-    """Validate the kernel predictor's own word on the synthetic nodes as labels too, and keep the better ones. No gain
-    on average (benchmarks/results/options.md)."""
+    teacher_share: float = 0.5
+    """A synthetic node's label: its class, and this share of what a student trained on the training rows, the teacher,
+    says of its encoding. 0: one-hot labels."""
 
     def __post_init__(self) -> None:
         check(
@@ -137,6 +137,7 @@ class TwoStageConfig:
             feature_steps=(self.feature_steps >= 0, self.feature_steps, "not negative"),
             token_steps=(self.token_steps >= 0, self.token_steps, "not negative"),
             token_error=(self.token_error >= 0, self.token_error, "not negative"),
+            teacher_share=(0 <= self.teacher_share <= 1, self.teacher_share, "in [0, 1]"),
             validate_every=(self.validate_every >= 1, self.validate_every, "at least 1"),
         )
 
@@ -203,7 +204,7 @@ class OuterConfig:
     """Outer epochs: inner loop, encoding of the real texts, validation, steps."""
     steps: int = 8
     """Outer steps per epoch."""
-    rows: int = 0
+    rows: int = 4096
     """About so many real rows in each step, here and on the encodings of stage one, in turn until all have been seen;
     0 takes all of them in every step."""
     lr: float = 1e-3
@@ -281,6 +282,6 @@ def preset(name: str = "default") -> DistillConfig:
             kernel=KernelConfig(architecture="gcn", norms="linear", ridge=1e-5),
             synthetic=SyntheticConfig(tokens=256, init="random", storage="float32"),
             inner=InnerConfig(passes=90, gnn_lr=1e-3, adapter_lr=1e-4),
-            outer=OuterConfig(epochs=80, steps=8, lr=1e-4, patience=80),
+            outer=OuterConfig(epochs=80, steps=8, rows=0, lr=1e-4, patience=80),
         )
     raise ConfigError(f"unknown preset {name!r}; one of default, quick, paper")

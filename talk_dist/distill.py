@@ -45,7 +45,7 @@ def distill(
         started = time.monotonic()
         encoder.reset_adapters(config.seed)
         real.encode(encoder, tell.progress)
-        start = initialise(pool, encoder, config, tell.progress)
+        start = initialise(real, encoder, config, tell.progress)
         state = DistillState(start.x_s, start.y_s, torch.tensor(start.log_temperature, dtype=torch.float64))
         state.start_seconds = time.monotonic() - started
         if checkpoint:

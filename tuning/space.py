@@ -83,7 +83,7 @@ def default_space() -> list[Parameter]:
         Parameter("kernel.ridge", 1e-4, 1.0, log=True),
         Parameter("outer.loss", choices=("mse", "ce")),
         Parameter("outer.targets", choices=("labels", "teacher")),
-        Parameter("two_stage.soft_labels", choices=(False, True), when=two_stage),
+        Parameter("two_stage.teacher_share", choices=(0.0, 0.5, 1.0), when=two_stage),
         Parameter("two_stage.feature_steps", 40, 240, when=two_stage),
         Parameter("two_stage.feature_lr", 3e-3, 3e-2, log=True, when=two_stage),
         Parameter("two_stage.token_steps", 40, 200, when=two_stage),

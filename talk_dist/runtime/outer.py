@@ -43,7 +43,7 @@ class Objective:
         kernel, outer = self.config.kernel, self.config.outer
         h_s, meter = h_s.cpu(), self.pool.meter
         with meter.time("solve"):
-            _, solution = self._solve(h_s, y_s)
+            solution = self._solve(h_s, y_s)
         loss = LossSpec(outer.loss, log_temperature, outer.targets, step % self.folds, self.folds)
         sums = self.pool.loss_and_grads(h_s.numpy(), solution.dual.numpy(), loss)
         scale = loss_scale(outer.loss, sums.num_rows, y_s.shape[1])
@@ -59,22 +59,15 @@ class Objective:
         rows = meta["num_nodes"] if outer.targets == "teacher" else meta["split_sizes"]["train"]
         return max(1, round(rows / outer.rows)) if outer.rows else 1
 
-    def fitted(self, h_s: Tensor, y_s: Tensor) -> Tensor:
-        """What the kernel predictor says of the synthetic nodes themselves, K_ss B (M, C) float64."""
-        k_ss, solution = self._solve(h_s.cpu(), y_s)
-        return k_ss @ solution.dual
-
     def krr_counts(self, h_s: Tensor, y_s: Tensor, split: str) -> np.ndarray:
         """Confusion counts (C, C) of the kernel predictor on ``split``."""
         h_s = h_s.cpu()
-        _, solution = self._solve(h_s, y_s)
-        return self.pool.krr_scores(h_s.numpy(), solution.dual.numpy(), split)
+        return self.pool.krr_scores(h_s.numpy(), self._solve(h_s, y_s).dual.numpy(), split)
 
-    def _solve(self, h_s: Tensor, y_s: Tensor) -> tuple[Tensor, DualSolution]:
-        """K_ss (M, M) float64 and the dual coefficients."""
+    def _solve(self, h_s: Tensor, y_s: Tensor) -> DualSolution:
         kernel = self.config.kernel
         k_ss = synthetic_kernel(h_s.double(), kernel.rounds, kernel.layers)
-        return k_ss, dual_coefficients(k_ss, y_s, kernel.ridge)
+        return dual_coefficients(k_ss, y_s, kernel.ridge)
 
 
 def accuracy(counts: np.ndarray) -> float:

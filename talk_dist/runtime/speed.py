@@ -53,14 +53,15 @@ def work(
     student = 6.0 * m * config.student.hidden * (model.width + classes) / SMALL_SHARE
     fit = inner.passes * ((3 * forward if adapters else 0.0) + student)
     epochs = outer.epochs + 1
-    lessons = (1 + epochs if adapters else 1) * taught
+    softened = config.synthetic.init == "two-stage" and config.two_stage.teacher_share > 0
+    lessons = (1 + epochs if adapters else 1) if taught else int(softened)
     lesson = inner.passes * 6.0 * train * config.student.hidden * (model.width + classes) / SMALL_SHARE
     lesson += (inner.passes // inner.select_every + 1) * scores
     flop = {"encode": encoding * (1 + epochs if adapters else 1), "initialise": lessons * lesson}
     steps = {"outer epochs": epochs * inner.passes, "initialise": lessons * inner.passes}
     if config.synthetic.init == "two-stage":
         two = config.two_stage
-        checks = (two.feature_steps // two.validate_every + 1) * (1 + two.soft_labels)
+        checks = two.feature_steps // two.validate_every + 1
         flop["initialise"] = two.feature_steps * step + checks * (inner.passes * student + scores + predicted)
         flop["initialise"] += two.token_steps * 2 * forward
         steps["initialise"] += two.feature_steps + checks * inner.passes + two.token_steps

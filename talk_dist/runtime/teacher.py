@@ -21,9 +21,9 @@ from talk_dist.runtime.outer import student_accuracy
 from talk_dist.runtime.pool import SAMPLE_MINIMUM, ShardPool
 
 
-def teach(pool: ShardPool, config: DistillConfig, report: Report) -> None:
-    """Train `config.student` on a sample of the pool's training rows (all of them on a small graph), choosing the pass
-    on validation nodes, and have the shards keep what it says. The pool must hold current encodings."""
+def trained_teacher(pool: ShardPool, config: DistillConfig, report: Report) -> Student:
+    """`config.student` trained on a sample of the pool's training rows (all of them on a small graph), the pass chosen
+    on validation nodes. The pool must hold current encodings."""
     sample = pool.sample(SAMPLE_MINIMUM, config.seed)
     features, labels = torch.from_numpy(sample.features), one_hot(sample.label, len(pool.tag.classes))
     recipe = dataclasses.replace(config.inner, patience=config.inner.passes)
@@ -39,18 +39,26 @@ def teach(pool: ShardPool, config: DistillConfig, report: Report) -> None:
     student = Student(config.student, features.shape[1], labels.shape[1], config.seed)
     with pool.meter.time("teach"):
         fit_encodings(student, features, labels, recipe, seed=config.seed, select=validated)
-    pool.learn(StudentState.of(student))
+    return student
 
 
 class RealSide:
     """The real graph as the method sees it: encoded and, if `outer.targets` wants one, with a teacher's word on it."""
 
     def __init__(self, pool: ShardPool, config: DistillConfig):
-        self.pool, self.config, self._taught = pool, config, False
+        self.pool, self.config = pool, config
+        self._teacher: Student | None = None  # of the present encodings
+
+    def teacher(self, report: Report) -> Student:
+        """Trained when it is asked for first; the pool must hold current encodings."""
+        if self._teacher is None:
+            self._teacher = trained_teacher(self.pool, self.config, report)
+        return self._teacher
 
     def encode(self, encoder: Encoder, report: Report) -> None:
         """All texts with the encoder's adapters as they are now; nothing to do if that is what the pool holds."""
         fresh = self.pool.encode(encoder.adapters(), lambda done, total: report("encode", done, total, {}))
-        if self.config.outer.targets == "teacher" and (fresh or not self._taught):
-            teach(self.pool, self.config, report)
-            self._taught = True
+        if fresh:
+            self._teacher = None
+        if self.config.outer.targets == "teacher" and self._teacher is None:
+            self.pool.learn(StudentState.of(self.teacher(report)))

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
-from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_encodings, one_hot, soft_labels
+from talk_dist.models.gnn import Student, self_loops
+from talk_dist.models.inner import fit_encodings, one_hot
 from talk_dist.models.protocol import Encoder, Report
 from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool, TrainSample
+from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
 from talk_dist.synthetic.invert import invert
 
@@ -49,8 +50,9 @@ def one_hot_labels(counts: np.ndarray) -> Tensor:
     return one_hot(np.repeat(np.arange(len(counts)), counts), len(counts))
 
 
-def initialise(pool: ShardPool, encoder: Encoder, config: DistillConfig, report: Report) -> Start:
-    """Start as `config.synthetic.init` says; the pool must hold current encodings."""
+def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: Report) -> Start:
+    """Start as `config.synthetic.init` says; the real side must be encoded."""
+    pool = real.pool
     counts = class_counts(pool.tag, config.synthetic.size)
     y_s = one_hot_labels(counts)
     sample = sample_for(pool, counts, config.seed)
@@ -59,7 +61,8 @@ def initialise(pool: ShardPool, encoder: Encoder, config: DistillConfig, report:
     if config.synthetic.init != "two-stage":
         return Start(x_s, y_s, Objective.initial_log_temperature)
     start = torch.from_numpy(class_centres(sample, counts, config.seed))
-    h_s, y_s, log_temperature = optimise_encodings(pool, start, y_s, config, report)
+    teacher = real.teacher(report) if config.two_stage.teacher_share else None
+    h_s, y_s, log_temperature = optimise_encodings(pool, start, y_s, config, report, teacher)
     return Start(fit_tokens(encoder, x_s, h_s, config, report), y_s, log_temperature)
 
 
@@ -78,12 +81,17 @@ def embed(encoder: Encoder, tokens: TokenLists, length: int) -> Tensor:
 
 
 def optimise_encodings(
-    pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report
+    pool: ShardPool,
+    start: Tensor,
+    y_s: Tensor,
+    config: DistillConfig,
+    report: Report,
+    teacher: Student | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """Stage one: Adam on the encodings (M, d) themselves, against the kernel ridge regression loss.
 
-    Keeps the encodings, and the labels (M, C), on which a fresh student validates best: ``y_s`` as given or, with
-    `two_stage.soft_labels`, what the kernel predictor itself says of the synthetic nodes.
+    Keeps the encodings, and their labels (M, C), on which a fresh student validates best. The kernel predictor has the
+    labels ``y_s``; what is kept, and what students learn, is `softened` by the ``teacher``, if there is one.
     """
     settings, objective = config.two_stage, Objective(pool, config)
     h_s = start.clone().requires_grad_()
@@ -99,13 +107,12 @@ def optimise_encodings(
     for step in range(settings.feature_steps + 1):
         if step % settings.validate_every == 0 or step == settings.feature_steps:
             krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
-            said = [soft_labels(objective.fitted(h_s.detach(), y_s))] if settings.soft_labels else []
-            for labels in (y_s, *said):
-                student = Student(config.student, h_s.shape[1], y_s.shape[1], config.seed)
-                fit_encodings(student, h_s.detach(), labels, config.inner, seed=config.seed)
-                val_accuracy = student_accuracy(pool, student, "val")
-                if val_accuracy > best_accuracy:
-                    best, best_accuracy = (h_s.detach().clone(), labels, log_temperature.item()), val_accuracy
+            labels = softened(y_s, h_s.detach(), teacher, settings.teacher_share) if teacher else y_s
+            student = Student(config.student, h_s.shape[1], y_s.shape[1], config.seed)
+            fit_encodings(student, h_s.detach(), labels, config.inner, seed=config.seed)
+            val_accuracy = student_accuracy(pool, student, "val")
+            if val_accuracy > best_accuracy:
+                best, best_accuracy = (h_s.detach().clone(), labels, log_temperature.item()), val_accuracy
         gradient = objective(h_s.detach(), y_s, log_temperature.item(), step)
         facts = {"loss": gradient.loss, "val": best_accuracy, "krr_val": krr_accuracy}
         report("encodings", step, settings.feature_steps, facts)
@@ -113,6 +120,13 @@ def optimise_encodings(
         log_temperature.grad = torch.tensor(gradient.d_log_temperature, dtype=torch.float64)
         optimizer.step()
     return best
+
+
+def softened(y_s: Tensor, h_s: Tensor, teacher: Student, share: float) -> Tensor:
+    """Labels (M, C): ``share`` of what the teacher says of encodings (M, d) without neighbours, the rest ``y_s``."""
+    with torch.no_grad():
+        said = teacher(h_s, self_loops(len(h_s))).softmax(1)
+    return (1.0 - share) * y_s + share * said
 
 
 def fit_tokens(encoder: Encoder, x_s: Tensor, h_s: Tensor, config: DistillConfig, report: Report) -> Tensor:

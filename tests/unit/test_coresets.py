@@ -22,7 +22,7 @@ from talk_dist.data.tag import TokenLists
 from talk_dist.errors import ConfigError
 from talk_dist.runtime.outer import Objective
 from talk_dist.runtime.pool import TrainSample
-from talk_dist.synthetic import init
+from talk_dist.runtime.teacher import RealSide, trained_teacher
 from talk_dist.synthetic.coresets import METHODS, allocate, centres, herding, kcenter, medoid, select
 from talk_dist.synthetic.init import embed, initialise, num_synthetic, optimise_encodings
 
@@ -161,7 +161,7 @@ def settings_of():
             kernel=KernelConfig(precision="float64", ridge=1e-3),
             synthetic=SyntheticConfig(size=8, tokens=6, init=init),
             two_stage=TwoStageConfig(
-                **{"feature_steps": 12, "token_steps": 25, "token_error": 0.0, "soft_labels": False, **two_stage}
+                **{"feature_steps": 12, "token_steps": 25, "token_error": 0.0, "teacher_share": 0.0, **two_stage}
             ),
             student=StudentConfig(hidden=16),
             inner=InnerConfig(passes=20),
@@ -171,11 +171,15 @@ def settings_of():
     return make
 
 
+def start_of(pool, encoder, config, report=lambda *_: None):
+    return initialise(RealSide(pool, config), encoder, config, report)
+
+
 @pytest.mark.parametrize("init", ["random", "medoid"])
 def test_a_start_is_made_of_real_training_texts(graph, tags, make_encoder, make_pool, settings_of, init):
     """Of the class that their label says, in any sharding; the random start is random, the medoids are not."""
     encoder = make_encoder()
-    starts = [initialise(make_pool(encoder, parts), encoder, settings_of(init), lambda *_: None) for parts in (1, 7)]
+    starts = [start_of(make_pool(encoder, parts), encoder, settings_of(init)) for parts in (1, 7)]
     assert torch.equal(starts[0].x_s, starts[1].x_s)
     start, texts = starts[0], tags[1].partition(0).tokens
     assert start.x_s.shape == (8, 6, 32)
@@ -196,13 +200,13 @@ def test_two_stages_lower_the_loss_and_then_fit_the_tokens(make_encoder, make_po
     """Encodings with a lower loss than the medoids'; tokens whose encodings come nearer and nearer to them."""
     encoder, config, reports = make_encoder(), settings_of("two-stage"), []
     pool = make_pool(encoder, 2)
-    start = initialise(pool, encoder, config, lambda *report: reports.append(report))
+    start = start_of(pool, encoder, config, lambda *report: reports.append(report))
     losses = [values["loss"] for stage, _, _, values in reports if stage == "encodings"]
     errors = [values["relative_error"] for stage, _, _, values in reports if stage == "tokens"]
     assert (len(losses), len(errors)) == (13, 25)
     assert losses[-1] < 0.8 * losses[0]
     assert errors[-1] < 0.5 * errors[0]
-    medoids = initialise(pool, encoder, settings_of("medoid"), lambda *_: None)
+    medoids = start_of(pool, encoder, settings_of("medoid"))
     assert torch.equal(start.y_s, medoids.y_s)
     objective = Objective(pool, config)
     one, two = (objective(encoder.encode_embeds(s.x_s), s.y_s, s.log_temperature).loss for s in (start, medoids))
@@ -220,19 +224,15 @@ def test_without_steps_the_encodings_are_those_it_started_from(make_encoder, mak
     assert log_temperature == Objective.initial_log_temperature
 
 
-def test_soft_labels_are_kept_where_a_student_validates_better_on_them(
-    make_encoder, make_pool, settings_of, monkeypatch
-):
-    """Of one-hot labels and what the kernel predictor says of the synthetic nodes, as class probabilities."""
-    encoder = make_encoder()
-    pool, start, y_s = make_pool(encoder, 1), torch.randn(3, encoder.width), torch.eye(3)
-    for values in ([0.5, 0.6], [0.6, 0.6]):
-        scores = iter(values)
-        monkeypatch.setattr(init, "student_accuracy", lambda *_, scores=scores: next(scores))
-        config = settings_of("two-stage", feature_steps=0, soft_labels=True)
-        _, labels, _ = optimise_encodings(pool, start, y_s, config, lambda *_: None)
-        kernel = reference.kernel_ss(start.double(), 2, 1)
-        ridge = config.kernel.ridge * kernel.trace() / 3 * torch.eye(3, dtype=torch.float64)
-        said = (kernel @ torch.linalg.solve(kernel + ridge, y_s.double())).clamp_min(0)
-        expected = said / said.sum(1, keepdim=True) if values[1] > values[0] else y_s
-        torch.testing.assert_close(labels.double(), expected.double(), rtol=1e-5, atol=1e-6)
+def test_labels_take_their_share_of_what_the_teacher_says(make_encoder, make_pool, settings_of):
+    """Of each encoding by itself; the teacher learns P^2 H of the training rows, as the dense reference trains it."""
+    encoder, share = make_encoder(), 0.25
+    pool, start, y_s = make_pool(encoder, 2), torch.randn(3, encoder.width), torch.eye(3)
+    config = settings_of("two-stage", feature_steps=0, teacher_share=share)
+    teacher = trained_teacher(pool, config, lambda *_: None)
+    _, labels, _ = optimise_encodings(pool, start, y_s, config, lambda *_: None, teacher)
+    said = reference.student(teacher, start.double(), torch.eye(3, dtype=torch.float64)).softmax(1)
+    torch.testing.assert_close(labels.double(), (1 - share) * y_s + share * said, rtol=1e-5, atol=1e-6)
+    made = initialise(RealSide(pool, config), encoder, config, lambda *_: None)
+    torch.testing.assert_close(made.y_s.sum(1), torch.ones(8))
+    assert len(torch.unique(made.y_s, dim=0)) == 8  # eight encodings, eight words

@@ -160,8 +160,9 @@ def test_two_stages_reach_the_encodings_they_aim_at(make_encoder, make_pool):
     encoder = make_encoder()
     pool = make_pool(encoder, 2)
     errors = []
-    RealSide(pool, config).encode(encoder, lambda *_: None)
-    start = initialise(pool, encoder, config, lambda stage, i, n, m: errors.append(m.get("relative_error")))
+    start = initialise(
+        RealSide(pool, config), encoder, config, lambda stage, i, n, m: errors.append(m.get("relative_error"))
+    )
     assert errors[-1] < 0.1 * next(e for e in errors if e is not None)
     objective = Objective(pool, config)
     h_0 = encoder.encode_embeds(start.x_s)
