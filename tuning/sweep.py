@@ -19,6 +19,9 @@ from typing import Any
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+# Read in the process of a trial: how long it waits for a stopped trial's thread before the next one. After its own 2 s
+# Tune drops the next trial without a word to the searcher, and waits for it forever.
+os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
 
 import ray
 from ray import tune
