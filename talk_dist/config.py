@@ -103,6 +103,10 @@ class SyntheticConfig:
     """Learn soft labels beside the token embeddings."""
     storage: Literal["float32", "bfloat16", "int8"] = "int8"
     """Number format of the token embeddings on disk; int8 has one scale a token."""
+    discrete: bool = False
+    """Make texts: real tokens (`tokens` of them, special ones counted) whose encodings point where the optimised ones
+    do. Stored as token ids, exported as text, read by any encoder; less accurate (benchmarks/results/discrete.md).
+    With `init: two-stage` and `outer.epochs: 0`, whose steps would move them off the vocabulary."""
 
     def __post_init__(self) -> None:
         whole = self.size < 1 or float(self.size).is_integer()
@@ -125,6 +129,8 @@ class TwoStageConfig:
     """At most so many encoder passes to find the tokens that produce the optimised encodings."""
     token_error: float = 0.003
     """Stop where each encoding is this near, squared distance relative to its squared norm."""
+    discrete_steps: int = 24
+    """With `synthetic.discrete`: steps of the search for tokens, each some fifty encoder passes."""
     validate_every: int = 20
     """Train and validate a fresh student each so many feature steps; the best encodings are kept."""
     teacher_share: float = 0.5
@@ -136,6 +142,7 @@ class TwoStageConfig:
             "two_stage",
             feature_steps=(self.feature_steps >= 0, self.feature_steps, "not negative"),
             token_steps=(self.token_steps >= 0, self.token_steps, "not negative"),
+            discrete_steps=(self.discrete_steps >= 0, self.discrete_steps, "not negative"),
             token_error=(self.token_error >= 0, self.token_error, "not negative"),
             teacher_share=(0 <= self.teacher_share <= 1, self.teacher_share, "in [0, 1]"),
             validate_every=(self.validate_every >= 1, self.validate_every, "at least 1"),
@@ -256,6 +263,13 @@ class DistillConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+    def __post_init__(self) -> None:
+        if self.synthetic.discrete and (self.synthetic.init != "two-stage" or self.outer.epochs):
+            raise ConfigError(
+                f"with synthetic.discrete, synthetic.init must be two-stage (it is {self.synthetic.init}) and "
+                f"outer.epochs 0 (it is {self.outer.epochs}): outer steps move tokens off the vocabulary"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

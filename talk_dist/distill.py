@@ -23,6 +23,7 @@ from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.artifact import SyntheticTAG
+from talk_dist.synthetic.decode import exact_tokens
 from talk_dist.synthetic.init import initialise
 
 
@@ -90,7 +91,9 @@ def distill(
         "seconds": {"start": state.start_seconds, "epochs": sum(r["seconds"]["epoch"] for r in state.history)},
         "history": state.history,
     }
-    return SyntheticTAG(x_s, y_s, config=describe(pool, encoder, config), metrics=metrics).as_stored()
+    ids = exact_tokens(x_s, encoder.token_table) if config.synthetic.discrete else None
+    about = describe(pool, encoder, config)
+    return SyntheticTAG(x_s, y_s, config=about, metrics=metrics, token_ids=ids).as_stored()
 
 
 def outer_steps(

@@ -129,6 +129,7 @@ def token_set(
 ) -> TrainingSet:
     """A synthetic TAG as a training set. The kernel predictor is scored on the encodings of an encoder that nothing
     has adapted: the pool must hold such ones."""
+    tag = tag.embedded(encoder.token_table)
     h_s = encoder.encode_embeds(tag.token_embeds, tag.mask)
     krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
 

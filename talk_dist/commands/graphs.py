@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from talk_dist.commands import preflight, report
 from talk_dist.commands.call import EMBEDDED, Call, api_name, given
+from talk_dist.commands.folder import PREPARED, beside
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage, tables
 from talk_dist.data.prepare import prepare
 from talk_dist.data.python_api import build_python_api
 from talk_dist.data.tag import PreparedTag
+from talk_dist.data.tokenizer import load_tokenizer
 from talk_dist.errors import ConfigError, DataError
 from talk_dist.evaluate import EvaluateConfig
 from talk_dist.models.device import bfloat16, pick_device
 from talk_dist.models.encoder import load_encoder
 from talk_dist.runtime import estimate
 from talk_dist.runtime.callbacks import ProgressLines
+from talk_dist.runtime.pool import LocalPool
 from talk_dist.runtime.speed import measured_rate
 from talk_dist.synthetic.artifact import SyntheticTAG
+from talk_dist.synthetic.decode import Neighbour, nearest_texts
+
+TEXTS = "synthetic.jsonl"
 
 
 @dataclass(frozen=True)
@@ -119,34 +125,67 @@ class Inspect:
 
     path: str = ""
     """Folder to look into."""
+    data: str = ""
+    """Of an artifact: the prepared graph, for the real texts nearest to each synthetic node; empty: the `prepared/`
+    beside the artifact, if there is one."""
+    nearest: int = 3
+    """So many of them."""
 
     def run(self, call: Call) -> None:
         path = preflight.artifact_path(given(self.path, "a prepared graph or an artifact"))
         if storage.exists(storage.join(path, "META.json")):
             print(report.prepared(path, PreparedTag(path).meta))
         elif storage.exists(storage.join(path, "config.json")):
-            print(report.artifact(path, SyntheticTAG.from_pretrained(path)))
+            synthetic = SyntheticTAG.from_pretrained(path)
+            print(report.artifact(path, synthetic))
+            data = self.data or beside(path, PREPARED)
+            if self.nearest > 0 and (self.data or storage.exists(storage.join(data, "META.json"))):
+                print("", report.neighbours(synthetic, self._neighbours(synthetic, path, PreparedTag(data))), sep="\n")
         else:
             raise DataError(path, "is neither a prepared graph (no META.json) nor an artifact (no config.json)")
+
+    def _neighbours(self, synthetic: SyntheticTAG, path: str, tag: PreparedTag) -> list[list[Neighbour]]:
+        """As the frozen encoder sees both: its encodings of the graph are usually known."""
+        config, problems = preflight.distilled_with(synthetic, path), preflight.Problems()
+        config = replace(config, encoder=replace(config.encoder, adapters=False))
+        preflight.check_tag(tag, config, ("train",), problems)
+        encoder = load_encoder(config.encoder)
+        preflight.check_encoder(encoder, synthetic.token_embeds.shape[1], tag, problems)
+        problems.done()
+        pool, lines = LocalPool(tag, encoder, config.kernel, config.runtime), ProgressLines()
+        pool.encode(encoder.adapters(), lambda done, total: lines.progress("encode", done, total, {}))
+        return nearest_texts(synthetic, pool, encoder, self.nearest, config.seed)
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write an artifact as a file that torch-geometric reads without running code (weights_only=True)."""
+    """Write an artifact as a file: for torch-geometric, without code that runs on loading, or a table of texts."""
 
     artifact: str = ""
     """Folder of an artifact, or of the run that made it."""
-    out: str = "synthetic.pt"
-    """File to write."""
+    out: str = ""
+    """File to write; empty: `synthetic.pt`, or `synthetic.jsonl` of texts, which may be a .parquet too."""
+    format: Literal["pyg", "text"] = "pyg"
+    """`text`: text and label of each node, from an artifact that was distilled with `synthetic.discrete`."""
     encodings: bool = False
     """Encode the synthetic nodes and put the result in as `x`, for models that start from features."""
 
     def run(self, call: Call) -> None:
         path = preflight.artifact_path(given(self.artifact, "an artifact"))
-        synthetic = SyntheticTAG.from_pretrained(path)
-        encodings = None
+        synthetic, encodings = SyntheticTAG.from_pretrained(path), None
+        if self.format == "text":
+            return self._text(synthetic, path)
         if self.encodings:
-            config = preflight.distilled_with(synthetic, path)
-            encodings = load_encoder(config.encoder).encode_embeds(synthetic.token_embeds, synthetic.mask).cpu()
-        synthetic.export_pyg(self.out, encodings)
-        print(f"{self.out}: read it with Data.from_dict(torch.load({self.out!r}, weights_only=True))")
+            encoder = load_encoder(preflight.distilled_with(synthetic, path).encoder)
+            synthetic = synthetic.embedded(encoder.token_table)
+            encodings = encoder.encode_embeds(synthetic.token_embeds, synthetic.mask).cpu()
+        out = self.out or "synthetic.pt"
+        synthetic.export_pyg(out, encodings)
+        print(f"{out}: read it with Data.from_dict(torch.load({out!r}, weights_only=True))")
+
+    def _text(self, synthetic: SyntheticTAG, path: str) -> None:
+        tokenizer, out = load_tokenizer(preflight.distilled_with(synthetic, path).encoder.name), self.out or TEXTS
+        synthetic.export_text(out, tokenizer)
+        assert synthetic.token_ids is not None
+        same = sum(map(tokenizer.parses_back, synthetic.token_ids.tolist()))
+        print(f"{out}: {len(synthetic)} texts; {same} of them are read as the very tokens that were distilled")

@@ -158,9 +158,10 @@ def check_evaluation(
     encoder = problems.attempt(load)
     if encoder is not None:
         check_encoder(encoder, artifact.token_embeds.shape[1], tag, problems)
-        width = encoder.token_table.shape[1]
-        if artifact.token_embeds.shape[2] != width:
-            wide = f"holds token embeddings {artifact.token_embeds.shape[2]} wide, but the encoder's are {width}"
+        table = encoder.token_table
+        width, whole = table.shape[1], problems.attempt(lambda: artifact.embedded(table))
+        if whole is not None and whole.token_embeds.shape[2] != width:
+            wide = f"holds token embeddings {whole.token_embeds.shape[2]} wide, but the encoder's are {width}"
             problems.errors.append(DataError(path, wide))
     problems.done()
     assert encoder is not None

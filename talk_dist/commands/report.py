@@ -14,6 +14,9 @@ from talk_dist.config import DistillConfig
 from talk_dist.evaluate import EvaluateConfig, Row, retention, table
 from talk_dist.runtime.estimate import Plan, Process, gib
 from talk_dist.synthetic.artifact import SyntheticTAG
+from talk_dist.synthetic.decode import Neighbour
+
+EXCERPT = 100  # characters of a real text
 
 
 def prepared(path: str, meta: dict[str, Any]) -> str:
@@ -48,6 +51,7 @@ def artifact(path: str, tag: SyntheticTAG) -> str:
     """An artifact: its sizes, what it reached, and the nearest tokens of each synthetic node."""
     c, m = tag.config, tag.metrics
     nodes, tokens, width = tag.token_embeds.shape
+    kind = f"token embeddings ({width} wide)" if tag.token_ids is None else "token ids"
     labels = tag.labels.argmax(1).tolist()
     text = c.get("text_bytes", {})
     share = f", {tag.num_bytes() / text['train_bytes']:.1%} of the training texts' bytes" if text else ""
@@ -56,8 +60,8 @@ def artifact(path: str, tag: SyntheticTAG) -> str:
             "made from",
             f"{c.get('dataset')}, {c.get('num_real_nodes', 0):,} nodes, hash {c.get('dataset_hash', '')[:16]}",
         ),
-        ("size", f"{nodes} nodes of {tokens} token embeddings ({width} wide)"),
-        ("bytes", f"{tag.num_bytes():,} as {c.get('storage', 'float32')}{share}"),
+        ("size", f"{nodes} nodes of {tokens} {kind}"),
+        ("bytes", f"{tag.num_bytes():,} as {tag.stored_as}{share}"),
         ("encoder", f"{c.get('encoder', {}).get('name')}, {c.get('encoder', {}).get('pooling')} pooling"),
         ("validation", f"accuracy {m['val_accuracy']:.4f} while distilling" if "val_accuracy" in m else "not measured"),
         ("command", c.get("command", "not recorded")),
@@ -73,6 +77,15 @@ def artifact(path: str, tag: SyntheticTAG) -> str:
         read = [f"  {names[y]:<{width}}  {line}" for y, line in zip(labels, c["readings"], strict=True)]
         blocks.append("nearest tokens of each synthetic node\n" + "\n".join(read))
     return "\n\n".join(blocks)
+
+
+def neighbours(tag: SyntheticTAG, found: Sequence[Sequence[Neighbour]]) -> str:
+    """The real training texts nearest to each synthetic node, the beginning of each."""
+    lines = ["nearest real training texts of each synthetic node: cosine with P^2 H, class, text"]
+    for label, near in zip(tag.labels.argmax(1).tolist(), found, strict=True):
+        lines.append(f"  {_line(tag.classes[label])}")
+        lines += [f"    {n.cosine:.3f}  {_line(n.label)}  {_line(n.text)[:EXCERPT]}" for n in near]
+    return "\n".join(lines)
 
 
 def plan(path: str, found: Plan, config: DistillConfig, available: int | None, rate: float) -> str:

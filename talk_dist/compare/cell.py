@@ -20,7 +20,8 @@ from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.baselines import FEATURE_LEVEL
 from talk_dist.synthetic.coresets import sample_for
-from talk_dist.synthetic.init import class_counts, embed_texts, fit_tokens
+from talk_dist.synthetic.decode import exact_tokens
+from talk_dist.synthetic.init import choose, class_counts, fit_texts
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class Cell:
         h_s, y_s = FEATURE_LEVEL[self.method.source](sample, counts, self.seed)
         if not self.method.invert:
             return SyntheticTAG(h_s[:, None], y_s, config=about | {"level": "features"}).as_stored()
-        x_s = embed_texts(pool, encoder, sample, counts, "medoid", config)
-        return SyntheticTAG(fit_tokens(encoder, x_s, h_s, config, tell.progress), y_s, config=about).as_stored()
+        x_s = fit_texts(encoder, choose(pool, sample, counts, "medoid", config), h_s, config, tell.progress)
+        ids = exact_tokens(x_s, encoder.token_table) if config.synthetic.discrete else None
+        return SyntheticTAG(x_s, y_s, config=about, token_ids=ids).as_stored()
 
 
 def training_set(

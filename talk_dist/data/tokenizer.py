@@ -155,6 +155,33 @@ class Tokenizer:
         values = np.fromiter(chain.from_iterable(lists), np.int32, int(offsets[-1]))
         return TokenLists(offsets, values), sum(bool(encoding.overflowing) for encoding in encodings)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens left out."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=True))
+
+    def parses_back(self, ids: Sequence[int]) -> bool:
+        """Whether `decode` gives a text whose token ids, special ones included, are ``ids`` again."""
+        return bool(np.array_equal(self.encode([self.decode(ids)], self.max_length)[0], ids))
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """Ids (V,) int64 of the tokens that stand by themselves: written side by side, they are read as they were."""
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        twice = [str(self.backend.decode([i, i])) for i in range(self.vocab_size)]
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        read = self.backend.encode_batch_fast(twice, add_special_tokens=False)
+        return np.array([i for i, found in enumerate(read) if found.ids == [i, i] and i not in special], dtype=np.int64)
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after those of a text."""
+        word = int(self.words[0])
+        self.backend.no_truncation()
+        ids = self.backend.encode(str(self.backend.decode([word])), add_special_tokens=True).ids
+        place = ids.index(word)
+        return ids[:place], ids[place + 1 :]
+
     def decode_token(self, token_id: int) -> str:
         """A readable form of one token; its raw vocabulary entry where it is no text of its own."""
         raw = self.backend.id_to_token(int(token_id))

@@ -147,9 +147,8 @@ def plan(
     """Of a prepared graph with this ``meta``; without ``evaluation`` of the distillation alone."""
     m, t, classes = num_synthetic, config.synthetic.tokens, len(meta["classes"])
     tokens_bytes = m * t * model.width * 4
-    stored = {"float32": 4 * model.width, "bfloat16": 2 * model.width, "int8": model.width + 4}[
-        config.synthetic.storage
-    ]
+    formats = {"float32": 4 * model.width, "bfloat16": 2 * model.width, "int8": model.width + 4}
+    stored = 2 if config.synthetic.discrete else formats[config.synthetic.storage]
     driver = 7 * tokens_bytes + 8 * m * model.width * 8  # Adam, gradient, best; encodings and their gradients
     adapters = 3 * 2 * 4 * config.encoder.rank * model.width * model.layers if config.encoder.adapters else 0
     flop, steps = work(meta, config, model, m, evaluation)

@@ -14,6 +14,7 @@ ENCODER_SHARE = 0.6  # of the matrix product's rate that an encoder pass reaches
 BFLOAT16_GAIN = 1.3  # on a CPU, of a whole encoder pass
 SMALL_SHARE = 0.4  # the same for students: narrow matrices, sparse products
 ELEMENT_FLOP = 250  # what an element of a kernel block costs a hop and layer beside the product: arc cosine, roots
+SEARCH_PASSES = 43  # of a step of the discrete inversion: candidates, the best together, a gradient
 STEP_SECONDS = 2e-3  # a training step cannot be shorter
 
 
@@ -60,10 +61,11 @@ def work(
     flop = {"encode": encoding * (1 + epochs if adapters else 1), "initialise": lessons * lesson}
     steps = {"outer epochs": epochs * inner.passes, "initialise": lessons * inner.passes}
     if config.synthetic.init == "two-stage":
-        two = config.two_stage
+        two, discrete = config.two_stage, config.synthetic.discrete
         checks = two.feature_steps // two.validate_every + 1
-        flop["initialise"] = two.feature_steps * step + checks * (inner.passes * student + scores + predicted)
-        flop["initialise"] += two.token_steps * 2 * forward
+        flop["initialise"] += two.feature_steps * step + checks * (inner.passes * student + scores + predicted)
+        passes = two.discrete_steps * SEARCH_PASSES if discrete else two.token_steps * 2
+        flop["initialise"] += passes * forward
         steps["initialise"] += two.feature_steps + checks * inner.passes + two.token_steps
     flop["outer epochs"] = epochs * (fit + scores + predicted) + outer.epochs * outer.steps * (inject + step)
     if evaluation is not None:

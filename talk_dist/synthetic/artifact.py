@@ -1,12 +1,17 @@
-"""What a user keeps: the synthetic TAG as safetensors, its configuration, metrics and card."""
+"""What a user keeps: the synthetic TAG as safetensors, its configuration, metrics and card.
+
+A discrete one is kept as token ids, and its embeddings are those rows of the encoder's token table: `embedded`.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -19,6 +24,8 @@ from talk_dist.errors import DataError
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
+    from talk_dist.data.tokenizer import Tokenizer
+
 TENSORS, CONFIG, METRICS, CARD = "synthetic.safetensors", "config.json", "metrics.json", "README.md"
 
 
@@ -26,15 +33,17 @@ TENSORS, CONFIG, METRICS, CARD = "synthetic.safetensors", "config.json", "metric
 class SyntheticTAG:
     """M synthetic nodes that only see themselves: token embeddings and labels.
 
+    ``token_ids``: of a discrete set, real tokens, special ones included; stored in the place of the embeddings.
     ``config``: encoder, number format, data set, seed and the whole distillation configuration;
     ``metrics``: what was measured on the way and by `evaluate`.
     """
 
-    token_embeds: Tensor  # (M, T, d_tok) float32
+    token_embeds: Tensor  # (M, T, d_tok) float32; d_tok = 0 where ids were read and nobody has called `embedded`
     labels: Tensor  # (M, C) float32, rows are label weights
     mask: Tensor | None = None  # (M, T) int64, 0 = padding; None = no padding
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    token_ids: Tensor | None = None  # (M, T) int64
 
     def __len__(self) -> int:
         return len(self.token_embeds)
@@ -43,13 +52,39 @@ class SyntheticTAG:
     def classes(self) -> list[str]:
         return list(self.config.get("classes") or map(str, range(self.labels.shape[1])))
 
+    @property
+    def stored_as(self) -> str:
+        return "token ids" if self.token_ids is not None else str(self.config.get("storage", "float32"))
+
+    def embedded(self, table: Tensor) -> SyntheticTAG:
+        """With token embeddings, from an encoder's ``table`` (V, d_tok) if ids are all there is.
+
+        Raises DataError if the table lacks some of them.
+        """
+        if self.token_ids is None or self.token_embeds.shape[2]:
+            return self
+        if int(self.token_ids.max()) >= len(table):
+            raise DataError("token_ids", f"go up to {int(self.token_ids.max())}, the encoder has {len(table)} tokens")
+        return replace(self, token_embeds=table[self.token_ids.to(table.device)].cpu())
+
+    def texts(self, tokenizer: Tokenizer) -> list[str]:
+        """The M texts of a discrete set, special tokens left out. Raises DataError if it is none."""
+        if self.token_ids is None:
+            raise DataError(
+                "token_embeds", "are no texts: embeddings lie between words; distil with synthetic.discrete"
+            )
+        return [tokenizer.decode(ids) for ids in self.token_ids.tolist()]
+
     def tensors(self) -> dict[str, Tensor]:
-        """As stored, in the number format of ``config["storage"]``."""
+        """As stored, in the number format of ``config["storage"]``; ids in as few bytes as hold them."""
         stored: dict[str, Tensor] = {"labels": self.labels.contiguous()}
         if self.mask is not None:
             stored["mask"] = self.mask.to(torch.uint8).contiguous()
-        kind, x = self.config.get("storage", "float32"), self.token_embeds.detach().contiguous()
-        if kind == "int8":
+        kind, x = self.stored_as, self.token_embeds.detach().contiguous()
+        if self.token_ids is not None:
+            small = int(self.token_ids.max()) < 1 << 16
+            stored["token_ids"] = self.token_ids.to(torch.uint16 if small else torch.int32).contiguous()
+        elif kind == "int8":
             scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127.0
             stored["token_scales"] = scale.squeeze(-1).contiguous()
             stored["token_embeds"] = (x / scale).round().to(torch.int8)
@@ -63,7 +98,8 @@ class SyntheticTAG:
 
     def as_stored(self) -> SyntheticTAG:
         """The set that a reader of the artifact gets: after one round of its number format."""
-        return _from_tensors(self.tensors(), self.config, self.metrics)
+        read = _from_tensors(self.tensors(), self.config, self.metrics)
+        return read if read.token_ids is None else replace(read, token_embeds=self.token_embeds)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Publish the artifact folder atomically; after an error the one of before is whole."""
@@ -82,7 +118,7 @@ class SyntheticTAG:
             raise DataError(str(path), f"is no synthetic TAG (no {CONFIG}); `talk-dist distill` makes one")
         try:
             tensors = load_safetensors(storage.read_bytes(storage.join(path, TENSORS)))
-            missing = {"token_embeds", "labels"} - tensors.keys()
+            missing = {"token_embeds", "labels"} - {"token_embeds" if k == "token_ids" else k for k in tensors}
         except SafetensorError as error:
             raise DataError(str(path), f"{TENSORS} cannot be read ({error}); distil or copy it again") from error
         if missing:
@@ -91,22 +127,41 @@ class SyntheticTAG:
         return _from_tensors(tensors, config, metrics)
 
     def to_pyg(self, encodings: Tensor | None = None) -> Data:
-        """A torch-geometric ``Data``: self-loops, ``y`` (class index), ``y_soft``, ``token_embeds``, ``mask``.
+        """A torch-geometric ``Data``: self-loops, ``y`` (class index), ``y_soft``, ``mask``,
+        ``token_embeds`` and, of a discrete set, ``token_ids``.
 
         ``encodings`` (M, d), for example ``encoder.encode_embeds(tag.token_embeds)``, become ``x``.
         """
         from torch_geometric.data import Data
 
         nodes = torch.arange(len(self))
-        fields = {"x": encodings, "mask": self.mask}
+        embeds = self.token_embeds if self.token_embeds.shape[2] else None
+        fields = {"x": encodings, "mask": self.mask, "token_embeds": embeds, "token_ids": self.token_ids}
         return Data(
             edge_index=torch.stack([nodes, nodes]),
             y=self.labels.argmax(1),
             y_soft=self.labels,
-            token_embeds=self.token_embeds,
             num_nodes=len(self),
             **{name: value for name, value in fields.items() if value is not None},
         )
+
+    def export_text(self, path: str | Path, tokenizer: Tokenizer) -> None:
+        """Write a table of text and label, Parquet if ``path`` ends so, else JSON lines; of soft labels the heaviest.
+
+        Raises DataError if the set is not discrete.
+        """
+        names = self.classes
+        rows = [
+            {"text": text, "label": names[label]}
+            for text, label in zip(self.texts(tokenizer), self.labels.argmax(1).tolist(), strict=True)
+        ]
+        if str(path).endswith(".parquet"):
+            buffer = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(rows), buffer)
+            storage.write_atomic(path, buffer.getvalue().to_pybytes())
+        else:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            storage.write_atomic(path, lines.encode())
 
     def export_pyg(self, path: str | Path, encodings: Tensor | None = None) -> None:
         """Write the fields of `to_pyg` as a plain dict of tensors.
@@ -121,8 +176,9 @@ class SyntheticTAG:
 
 
 def _from_tensors(tensors: dict[str, Tensor], config: dict[str, Any], metrics: dict[str, Any]) -> SyntheticTAG:
-    x = tensors["token_embeds"].float()
+    ids = tensors["token_ids"].long() if "token_ids" in tensors else None
+    x = tensors["token_embeds"].float() if ids is None else torch.zeros(*ids.shape, 0)
     if "token_scales" in tensors:
         x = x * tensors["token_scales"].unsqueeze(-1)
     mask = tensors["mask"].long() if "mask" in tensors else None
-    return SyntheticTAG(x, tensors["labels"], mask, json.loads(json.dumps(config)), metrics)
+    return SyntheticTAG(x, tensors["labels"], mask, json.loads(json.dumps(config)), metrics, ids)

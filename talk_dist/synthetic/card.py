@@ -17,6 +17,7 @@ def card(tag: SyntheticTAG) -> str:
     text = c.get("text_bytes", {})
     against = f", {tag.num_bytes() / text['train_bytes']:.1%} of the training texts' bytes" if text else ""
     encoder = c.get("encoder", {})
+    what = "learned token embeddings" if tag.token_ids is None else "texts made of the encoder's own tokens"
     lines = [
         "---",
         "tags: [text-attributed-graph, dataset-distillation, talk]",
@@ -24,12 +25,12 @@ def card(tag: SyntheticTAG) -> str:
         f"# {c.get('dataset', 'a graph')}, distilled to {nodes} synthetic nodes",
         "",
         "A synthetic text-attributed graph made by `talk-dist`: a language model and GNN trained on it stand in for",
-        "ones trained on the real graph. Its nodes are learned token embeddings; each only has its self-loop.",
+        f"ones trained on the real graph. Its nodes are {what}; each only has its self-loop.",
         "",
         "| | |",
         "| --- | --- |",
-        f"| nodes | {nodes}{share}, {tokens} token embeddings each |",
-        f"| bytes | {tag.num_bytes():,} ({c.get('storage', 'float32')}{against}) |",
+        f"| nodes | {nodes}{share}, {tokens} tokens each |",
+        f"| bytes | {tag.num_bytes():,} ({tag.stored_as}{against}) |",
         f"| classes | {_cell(', '.join(tag.classes))} |",
         f"| encoder | {encoder.get('name')}, {encoder.get('pooling')} pooling, width {encoder.get('width')} |",
         f"| data set hash | `{str(c.get('dataset_hash'))[:16]}` |",

@@ -1,27 +1,71 @@
-"""Reading a synthetic node: the vocabulary's nearest token for each of its embeddings."""
+"""Reading a synthetic node: the nearest token for each of its embeddings, and the nearest real texts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from talk_dist.models.protocol import Encoder
+from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import SyntheticTAG
+from talk_dist.synthetic.coresets import sample_for
 
 
 def nearest_tokens(x_s: Tensor, table: Tensor, chunk: int = 4096) -> Tensor:
     """For token embeddings ``x_s`` (M, T, d) the most similar rows (cosine) of ``table`` (V, d): (M, T) ids."""
-    unit = torch.nn.functional.normalize(table.float(), dim=1)
-    flat = torch.nn.functional.normalize(x_s.reshape(-1, x_s.shape[-1]).float(), dim=1).to(unit)
+    unit = normalize(table.float(), dim=1)
+    flat = normalize(x_s.reshape(-1, x_s.shape[-1]).float(), dim=1).to(unit)
     ids = [(flat[start : start + chunk] @ unit.T).argmax(1) for start in range(0, len(flat), chunk)]
     return torch.cat(ids).view(x_s.shape[:2]).cpu()
 
 
+def exact_tokens(x_s: Tensor, table: Tensor) -> Tensor:
+    """The ids (M, T) of token embeddings ``x_s`` (M, T, d) that are rows of ``table`` (V, d), to the bit.
+
+    Raises ValueError if one is not.
+    """
+    ids = nearest_tokens(x_s, table)
+    if not torch.equal(table.cpu()[ids], x_s):
+        raise ValueError("token embeddings that are no rows of the token table")
+    return ids
+
+
 def readings(tag: SyntheticTAG, encoder: Encoder) -> list[str]:
     """One line a synthetic node: the nearest tokens of its embeddings, in order."""
-    ids = nearest_tokens(tag.token_embeds, encoder.token_table)
+    ids = nearest_tokens(tag.token_embeds, encoder.token_table) if tag.token_ids is None else tag.token_ids
     mask = torch.ones_like(ids) if tag.mask is None else tag.mask
     return [
         " ".join(encoder.tokenizer.decode_token(int(t)) for t in row[keep.bool()])
         for row, keep in zip(ids, mask, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A real training node beside a synthetic one."""
+
+    cosine: float
+    label: str
+    text: str  # as the encoder reads it: cut where `prepare` cut it
+
+
+def nearest_texts(tag: SyntheticTAG, pool: ShardPool, encoder: Encoder, count: int, seed: int) -> list[list[Neighbour]]:
+    """The ``count`` training nodes nearest to each synthetic one, from the sample that coresets choose from.
+
+    By the cosine of its encoding with rows of P^2 H, not H: what a synthetic node, which sees only itself, stands in
+    for is what a real node is after two hops. The start takes centres of these rows, the kernel compares it with them,
+    and a text alone is farther from it than its neighbourhood. The pool must hold encodings of ``encoder`` as it is.
+    """
+    h_s = encoder.encode_embeds(tag.embedded(encoder.token_table).token_embeds, tag.mask).cpu()
+    sample = sample_for(pool, np.bincount(tag.labels.argmax(1), minlength=tag.labels.shape[1]), seed)
+    cosine = normalize(h_s, dim=1) @ normalize(torch.from_numpy(sample.features).float(), dim=1).T
+    near = cosine.topk(min(count, cosine.shape[1]), dim=1)
+    tokens, names = pool.tokens(sample.place[near.indices.flatten()]), pool.tag.classes
+    texts = [encoder.tokenizer.decode(tokens[i].tolist()) for i in range(len(tokens))]
+    labels = [names[label] for label in sample.label[near.indices.flatten()]]
+    flat = [Neighbour(*facts) for facts in zip(near.values.flatten().tolist(), labels, texts, strict=True)]
+    return [flat[start : start + near.indices.shape[1]] for start in range(0, len(flat), near.indices.shape[1])]

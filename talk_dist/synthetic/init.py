@@ -21,6 +21,7 @@ from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool, TrainSample
 from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
+from talk_dist.synthetic.discrete import framed, invert_tokens
 from talk_dist.synthetic.invert import invert
 
 TOGETHER = 512  # synthetic nodes inverted side by side: their histories are what it costs
@@ -56,22 +57,18 @@ def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: 
     counts = class_counts(pool.tag, config.synthetic.size)
     y_s = one_hot_labels(counts)
     sample = sample_for(pool, counts, config.seed)
-    how = "random" if config.synthetic.init == "random" else "medoid"
-    x_s = embed_texts(pool, encoder, sample, counts, how, config)
+    texts = choose(pool, sample, counts, "random" if config.synthetic.init == "random" else "medoid", config)
     if config.synthetic.init != "two-stage":
-        return Start(x_s, y_s, Objective.initial_log_temperature)
+        return Start(embed(encoder, texts, config.synthetic.tokens), y_s, Objective.initial_log_temperature)
     start = torch.from_numpy(class_centres(sample, counts, config.seed))
     teacher = real.teacher(report) if config.two_stage.teacher_share else None
     h_s, y_s, log_temperature = optimise_encodings(pool, start, y_s, config, report, teacher)
-    return Start(fit_tokens(encoder, x_s, h_s, config, report), y_s, log_temperature)
+    return Start(fit_texts(encoder, texts, h_s, config, report), y_s, log_temperature)
 
 
-def embed_texts(
-    pool: ShardPool, encoder: Encoder, sample: TrainSample, counts: np.ndarray, how: str, config: DistillConfig
-) -> Tensor:
-    """The texts that the coreset ``how`` chooses, as embeddings (M, T, d_tok)."""
-    rows = select(sample, counts, how, config.seed)
-    return embed(encoder, pool.tokens(sample.place[rows]), config.synthetic.tokens)
+def choose(pool: ShardPool, sample: TrainSample, counts: np.ndarray, how: str, config: DistillConfig) -> TokenLists:
+    """The M texts that the coreset ``how`` chooses."""
+    return pool.tokens(sample.place[select(sample, counts, how, config.seed)])
 
 
 def embed(encoder: Encoder, tokens: TokenLists, length: int) -> Tensor:
@@ -127,6 +124,26 @@ def softened(y_s: Tensor, h_s: Tensor, teacher: Student, share: float) -> Tensor
     with torch.no_grad():
         said = teacher(h_s, self_loops(len(h_s))).softmax(1)
     return (1.0 - share) * y_s + share * said
+
+
+def fit_texts(encoder: Encoder, texts: TokenLists, h_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
+    """Stage two: token embeddings (M, T, d_tok), from M texts, whose encodings are ``h_s`` (M, d), or, of real tokens,
+    point where they do."""
+    length = config.synthetic.tokens
+    if not config.synthetic.discrete:
+        return fit_tokens(encoder, embed(encoder, texts, length), h_s, config, report)
+    ids, free = framed(texts, length, encoder.tokenizer)
+    words, steps, found = torch.from_numpy(encoder.tokenizer.words), config.two_stage.discrete_steps, []
+    own = [torch.Generator().manual_seed(config.seed * len(ids) + node) for node in range(len(ids))]
+    for start in range(0, len(ids), TOGETHER):
+
+        def tell(step: int, distances: Tensor, done: int = start // TOGETHER * steps) -> None:
+            report("words", done + step, steps * -(-len(ids) // TOGETHER), {"cosine": 1 - float(distances.mean()) / 2})
+
+        rows = slice(start, start + TOGETHER)
+        at_once = config.outer.inject_batch
+        found.append(invert_tokens(encoder, ids[rows], h_s[rows], words, free, steps, own[rows], at_once, tell))
+    return encoder.token_table.cpu()[torch.cat(found)]
 
 
 def fit_tokens(encoder: Encoder, x_s: Tensor, h_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
