@@ -24,6 +24,7 @@ from talk_dist.runtime.pool import ShardPool
 from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.init import initialise
+from talk_dist.synthetic.settle import settle
 
 
 def distill(
@@ -84,6 +85,7 @@ def distill(
 
     assert state.best is not None
     x_s, y_s = state.best
+    x_s = settle(encoder, x_s, config, tell.progress)
     metrics = {
         "val_accuracy": state.best_accuracy,
         "best_epoch": state.best_epoch,

@@ -22,6 +22,7 @@ from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.baselines import FEATURE_LEVEL
 from talk_dist.synthetic.coresets import sample_for
 from talk_dist.synthetic.init import class_counts, embed_texts, fit_tokens
+from talk_dist.synthetic.settle import settle
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Cell:
         if not self.method.invert:
             return SyntheticTAG(h_s[:, None], y_s, config=about | {"level": "features"}).as_stored()
         x_s = embed_texts(pool, encoder, sample, counts, "medoid", config)
-        return SyntheticTAG(fit_tokens(encoder, x_s, h_s, config, report), y_s, config=about).as_stored()
+        x_s = settle(encoder, fit_tokens(encoder, x_s, h_s, config, report), config, report)
+        return SyntheticTAG(x_s, y_s, config=about).as_stored()
 
 
 def training_set(
