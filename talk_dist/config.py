@@ -101,8 +101,14 @@ class SyntheticConfig:
     to encodings that were optimised first."""
     learn_labels: bool = False
     """Learn soft labels beside the token embeddings."""
-    storage: Literal["float32", "bfloat16", "int8"] = "int8"
-    """Number format of the token embeddings on disk; int8 has one scale a token."""
+    storage: Literal["float32", "bfloat16", "int8", "int4", "int2", "int1"] = "int8"
+    """Number format of the token embeddings on disk; the integers have one scale a token. For 4 bits and fewer the
+    result is settled: brought onto the grid without changing what it encodes to (benchmarks/results/bytes.md)."""
+    settle_passes: int = 120
+    """Encoder passes for that."""
+    gain: float = 1.0
+    """What is settled has encodings so many times as long: few tokens of few bits reach long ones more exactly, and
+    neither the kernel predictor nor, within its spread, a student minds the length they all share."""
     discrete: bool = False
     """Make texts: real tokens (`tokens` of them, special ones counted) whose encodings point where the optimised ones
     do. Stored as token ids, exported as text, read by any encoder; less accurate (benchmarks/results/discrete.md).
@@ -114,6 +120,8 @@ class SyntheticConfig:
             "synthetic",
             size=(self.size > 0 and whole, self.size, "a fraction in (0, 1) or a whole number of nodes"),
             tokens=(self.tokens >= 1, self.tokens, "at least 1"),
+            settle_passes=(self.settle_passes >= 1, self.settle_passes, "at least 1"),
+            gain=(self.gain > 0, self.gain, "positive"),
         )
 
 

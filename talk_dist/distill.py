@@ -25,6 +25,7 @@ from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.decode import exact_tokens
 from talk_dist.synthetic.init import initialise
+from talk_dist.synthetic.settle import settle
 
 
 def distill(
@@ -85,6 +86,7 @@ def distill(
 
     assert state.best is not None
     x_s, y_s = state.best
+    x_s = settle(encoder, x_s, config, tell.progress)
     metrics = {
         "val_accuracy": state.best_accuracy,
         "best_epoch": state.best_epoch,

@@ -22,6 +22,7 @@ from talk_dist.synthetic.baselines import FEATURE_LEVEL
 from talk_dist.synthetic.coresets import sample_for
 from talk_dist.synthetic.decode import exact_tokens
 from talk_dist.synthetic.init import choose, class_counts, fit_texts
+from talk_dist.synthetic.settle import settle
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Cell:
         if not self.method.invert:
             return SyntheticTAG(h_s[:, None], y_s, config=about | {"level": "features"}).as_stored()
         x_s = fit_texts(encoder, choose(pool, sample, counts, "medoid", config), h_s, config, tell.progress)
+        x_s = settle(encoder, x_s, config, tell.progress)
         ids = exact_tokens(x_s, encoder.token_table) if config.synthetic.discrete else None
         return SyntheticTAG(x_s, y_s, config=about, token_ids=ids).as_stored()
 

@@ -147,14 +147,17 @@ def plan(
     """Of a prepared graph with this ``meta``; without ``evaluation`` of the distillation alone."""
     m, t, classes = num_synthetic, config.synthetic.tokens, len(meta["classes"])
     tokens_bytes = m * t * model.width * 4
-    formats = {"float32": 4 * model.width, "bfloat16": 2 * model.width, "int8": model.width + 4}
-    stored = 2 if config.synthetic.discrete else formats[config.synthetic.storage]
+    stored = 2 if config.synthetic.discrete else token_bytes(config.synthetic.storage, model.width)
+    soft = config.synthetic.learn_labels or (
+        config.synthetic.init == "two-stage" and config.two_stage.teacher_share > 0
+    )
+    label = 4 * classes if soft else 1 if classes <= 256 else 2 if classes <= 2**15 else 4
     driver = 7 * tokens_bytes + 8 * m * model.width * 8  # Adam, gradient, best; encodings and their gradients
     adapters = 3 * 2 * 4 * config.encoder.rank * model.width * model.layers if config.encoder.adapters else 0
     flop, steps = work(meta, config, model, m, evaluation)
     return Plan(
         nodes=m,
-        artifact_bytes=m * t * stored + m * classes * 4,
+        artifact_bytes=m * (t * stored + label),
         shards=[_shard(part, meta, config, model.width) for part in meta["parts"]],
         model=model.bytes,
         adapters=adapters,
@@ -169,6 +172,13 @@ def plan(
         steps=steps,
         device=device,
     )
+
+
+def token_bytes(storage: str, width: int) -> int:
+    """Of one stored token embedding, its scale included."""
+    if storage in ("int4", "int2", "int1"):
+        return width * int(storage[3:]) // 8 + 2
+    return {"float32": 4 * width, "bfloat16": 2 * width, "int8": width + 4}[storage]
 
 
 def _sample(meta: dict[str, Any], m: int, width: int) -> int:

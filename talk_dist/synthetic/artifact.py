@@ -20,6 +20,7 @@ from torch import Tensor
 
 from talk_dist.data import storage
 from talk_dist.errors import DataError
+from talk_dist.synthetic import grid
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -77,13 +78,15 @@ class SyntheticTAG:
 
     def tensors(self) -> dict[str, Tensor]:
         """As stored, in the number format of ``config["storage"]``; ids in as few bytes as hold them."""
-        stored: dict[str, Tensor] = {"labels": self.labels.contiguous()}
+        stored = self._stored_labels()
         if self.mask is not None:
             stored["mask"] = self.mask.to(torch.uint8).contiguous()
         kind, x = self.stored_as, self.token_embeds.detach().contiguous()
         if self.token_ids is not None:
             small = int(self.token_ids.max()) < 1 << 16
             stored["token_ids"] = self.token_ids.to(torch.uint16 if small else torch.int32).contiguous()
+        elif kind in grid.BITS:
+            stored |= grid.pack(x, grid.BITS[kind])
         elif kind == "int8":
             scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127.0
             stored["token_scales"] = scale.squeeze(-1).contiguous()
@@ -91,6 +94,14 @@ class SyntheticTAG:
         else:
             stored["token_embeds"] = x.to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
         return stored
+
+    def _stored_labels(self) -> dict[str, Tensor]:
+        """Labels that are classes as their indices, where the configuration names all classes; others as they are."""
+        index, known = self.labels.argmax(1), len(self.config.get("classes") or ())
+        one_hot = torch.nn.functional.one_hot(index, self.labels.shape[1]).to(self.labels)
+        if known != self.labels.shape[1] or not self.labels.equal(one_hot):
+            return {"labels": self.labels.contiguous()}
+        return {"label_index": index.to(label_type(known))}
 
     def num_bytes(self) -> int:
         """Bytes of the tensors as stored."""
@@ -118,7 +129,8 @@ class SyntheticTAG:
             raise DataError(str(path), f"is no synthetic TAG (no {CONFIG}); `talk-dist distill` makes one")
         try:
             tensors = load_safetensors(storage.read_bytes(storage.join(path, TENSORS)))
-            missing = {"token_embeds", "labels"} - {"token_embeds" if k == "token_ids" else k for k in tensors}
+            alias = {"token_ids": "token_embeds", "label_index": "labels"}
+            missing = {"token_embeds", "labels"} - {alias.get(name, name) for name in tensors}
         except SafetensorError as error:
             raise DataError(str(path), f"{TENSORS} cannot be read ({error}); distil or copy it again") from error
         if missing:
@@ -175,10 +187,24 @@ class SyntheticTAG:
         storage.write_atomic(path, buffer.getvalue())
 
 
+def label_type(classes: int) -> torch.dtype:
+    """The smallest integers that index so many classes."""
+    return torch.uint8 if classes <= 256 else torch.int16 if classes <= 2**15 else torch.int32
+
+
 def _from_tensors(tensors: dict[str, Tensor], config: dict[str, Any], metrics: dict[str, Any]) -> SyntheticTAG:
-    ids = tensors["token_ids"].long() if "token_ids" in tensors else None
-    x = tensors["token_embeds"].float() if ids is None else torch.zeros(*ids.shape, 0)
-    if "token_scales" in tensors:
-        x = x * tensors["token_scales"].unsqueeze(-1)
+    kind, ids = config.get("storage"), tensors["token_ids"].long() if "token_ids" in tensors else None
+    if ids is not None:
+        x = torch.zeros(*ids.shape, 0)
+    elif kind in grid.BITS:
+        x = grid.unpack(tensors["token_embeds"], tensors["token_scales"], grid.BITS[kind])
+    else:
+        x = tensors["token_embeds"].float()
+        if "token_scales" in tensors:
+            x = x * tensors["token_scales"].unsqueeze(-1)
+    if "label_index" in tensors:
+        labels = torch.nn.functional.one_hot(tensors["label_index"].long(), len(config["classes"])).float()
+    else:
+        labels = tensors["labels"]
     mask = tensors["mask"].long() if "mask" in tensors else None
-    return SyntheticTAG(x, tensors["labels"], mask, json.loads(json.dumps(config)), metrics, ids)
+    return SyntheticTAG(x, labels, mask, json.loads(json.dumps(config)), metrics, ids)

@@ -64,12 +64,16 @@ def test_model_sizes(make_encoder):
     assert MINILM.bytes == pytest.approx(4 * 22.7e6, rel=0.02)
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-def test_bytes_of_the_artifact(tags, storage):
-    config = with_values(DistillConfig(), synthetic={"storage": storage, "tokens": 9})
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4", "int2", "int1"])
+def test_bytes_of_the_artifact(tags, storage, soft):
+    config = with_values(
+        DistillConfig(), synthetic={"storage": storage, "tokens": 9}, two_stage={"teacher_share": 0.5 * soft}
+    )
     found = plan(tags[1].meta, config, MINILM, 5, None)
-    real = SyntheticTAG(torch.randn(5, 9, 384), torch.zeros(5, 3), config={"storage": storage}).num_bytes()
-    assert found.artifact_bytes == real
+    labels = torch.eye(3)[[0, 1, 1, 2, 2]] * (0.9 if soft else 1.0)
+    about = {"storage": storage, "classes": tags[1].classes}
+    assert found.artifact_bytes == SyntheticTAG(torch.randn(5, 9, 384), labels, config=about).num_bytes()
 
 
 def test_more_work_costs_more(tags):
