@@ -141,9 +141,9 @@ class TwoStageConfig:
     """With `synthetic.discrete`: steps of the search for tokens, each some fifty encoder passes."""
     validate_every: int = 20
     """Train and validate a fresh student each so many feature steps; the best encodings are kept."""
-    teacher_share: float = 0.5
+    teacher_share: float = 0.0
     """A synthetic node's label: its class, and this share of what a student trained on the training rows, the teacher,
-    says of its encoding. 0: one-hot labels."""
+    says of its encoding. No gain beyond the spread (benchmarks/results/options.md)."""
 
     def __post_init__(self) -> None:
         check(
