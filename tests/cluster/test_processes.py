@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 from test_pool import SMALL, local_pool
 
+from talk_dist.cli import main
 from talk_dist.distill import distill
 from talk_dist.synthetic.artifact import SyntheticTAG
 
@@ -45,10 +46,9 @@ def test_a_killed_driver_goes_on_to_the_same_result(four, encoder_folder, tmp_pa
         "--student.hidden", "16", "--inner.passes", "15",
         "--outer.epochs", "3", "--outer.patience", "9", "--outer.steps", "2", "--runtime.threads", "1",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "talk_dist", "distill", *settings]
+    assert main(["distill", *settings, "--out", str(tmp_path / "local")]) == 0
+    on_ray = [sys.executable, "-m", "talk_dist", "distill", *settings, "--out", tmp_path / "ray", "--runtime", "ray"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", tmp_path / "local"], check=True, capture_output=True, env=environment)
-    on_ray = [*command, "--out", tmp_path / "ray", "--runtime", "ray"]
     with subprocess.Popen(on_ray, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as driver:
         log = tmp_path / "ray" / "log.jsonl"
         end = time.monotonic() + 120
