@@ -99,8 +99,8 @@ class SyntheticConfig:
     settle_passes: int = 120
     """Encoder passes for that."""
     gain: float = 1.0
-    """What is settled has encodings so many times as long: few tokens of few bits reach long ones more exactly, and
-    neither the kernel predictor nor, within its spread, a student minds the length they all share."""
+    """What is settled has encodings so many times as long: few tokens of few bits reach long ones more exactly. The
+    kernel predictor does not see a length that all share; a student may."""
 
     def __post_init__(self) -> None:
         whole = self.size < 1 or float(self.size).is_integer()
