@@ -107,8 +107,8 @@ class SyntheticConfig:
     settle_passes: int = 120
     """Encoder passes for that."""
     gain: float = 1.0
-    """What is settled has encodings so many times as long: few tokens of few bits reach long ones more exactly, and
-    neither the kernel predictor nor, within its spread, a student minds the length they all share."""
+    """What is settled has encodings so many times as long: few tokens of few bits reach long ones more exactly. The
+    kernel predictor does not see a length that all share; a student may."""
     discrete: bool = False
     """Make texts: real tokens (`tokens` of them, special ones counted) whose encodings point where the optimised ones
     do. Stored as token ids, exported as text, read by any encoder; less accurate (benchmarks/results/discrete.md).

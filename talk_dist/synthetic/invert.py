@@ -1,8 +1,8 @@
 """Inversion: the token embeddings whose encodings are given, one least-squares problem for each synthetic node.
 
 The problems are small, smooth and have many exact solutions, so limited-memory BFGS (Nocedal & Wright 2006, algorithm
-7.4) reaches in 80 encoder passes an error that Adam does not in 240. They are solved side by side, each with a history
-and a step length of its own: what a node becomes does not depend on the others.
+7.4) reaches in 80 encoder passes an error that Adam does not in 240 (benchmarks/results/inversion.md). They are solved
+side by side, each with a history and a step length of its own: what a node becomes does not depend on the others.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 
 from talk_dist.config import DistillConfig, SyntheticConfig
 from talk_dist.errors import ConfigError
+from talk_dist.runtime.outer import Objective
 from talk_dist.synthetic import grid
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.settle import Settling, settle
@@ -83,6 +84,16 @@ def test_it_starts_from_an_encoder_that_nothing_has_adapted(make_encoder):
     first = settle(encoder, x, config, lambda *_: None)
     encoder.load_adapters({name: value + 0.3 for name, value in encoder.adapters().items()})
     assert settle(encoder, x, config, lambda *_: None).equal(first)
+
+
+def test_the_kernel_predictor_does_not_see_a_gain(make_encoder, make_pool):
+    encoder = make_encoder()
+    pool = make_pool(encoder, 1, precision="float64")
+    pool.encode(encoder.adapters())
+    h = torch.randn(6, encoder.width, generator=torch.Generator().manual_seed(0))
+    labels = torch.nn.functional.one_hot(torch.arange(6) % len(pool.tag.classes), len(pool.tag.classes)).float()
+    short, long = (Objective(pool, DistillConfig()).krr_counts(gain * h, labels, "val") for gain in (1.0, 2.0))
+    assert (short == long).all()
 
 
 def test_settings_are_checked():

@@ -1,0 +1,69 @@
+"""What the benchmarks of stage two share: a prepared graph after stage one, and what tokens for it are worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from talk_dist import EvaluateConfig, LocalPool, PreparedTag, TextEncoder, preset
+from talk_dist.config import DistillConfig
+from talk_dist.models.gnn import Student
+from talk_dist.models.inner import fit_encodings
+from talk_dist.runtime.outer import student_accuracy
+from talk_dist.synthetic.coresets import class_centres, sample_for
+from talk_dist.synthetic.init import class_counts, embed_texts, one_hot_labels, optimise_encodings
+
+
+class Case:
+    """Encodings ``h_s`` (M, d) and labels ``y_s`` (M, C) of stage one with the preset; `medoids` to start from."""
+
+    def __init__(self, path: str, seed: int, config: DistillConfig | None = None):
+        torch.set_num_threads(1)
+        self.path, self.tag = path, PreparedTag(path)
+        self.config = dataclasses.replace(config or preset(), seed=seed)
+        self.encoder = TextEncoder(self.config.encoder)
+        self.pool = LocalPool(self.tag, self.encoder, self.config.kernel, self.config.runtime)
+        self.pool.encode(self.encoder.adapters())
+        self.counts = class_counts(self.tag, self.config.synthetic.size)
+        self.sample = sample_for(self.pool, self.counts, seed)
+        start = torch.from_numpy(class_centres(self.sample, self.counts, seed))
+        labels = one_hot_labels(self.counts)
+        self.found: dict[int, Tensor] = {}  # by T: the tokens that `fit_tokens` found
+        self.h_s, self.y_s, _ = optimise_encodings(self.pool, start, labels, self.config, lambda *_: None)
+
+    def medoids(self, tokens: int) -> Tensor:
+        """Token embeddings (M, T, d_tok) of medoid texts."""
+        synthetic = dataclasses.replace(self.config.synthetic, tokens=tokens)
+        config = dataclasses.replace(self.config, synthetic=synthetic)
+        return embed_texts(self.pool, self.encoder, self.sample, self.counts, "medoid", config)
+
+    def residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ``x`` (M, T, d_tok): squared distances (M,) and their gradients."""
+        return self.encoder.residual(x, self.h_s)
+
+    def error(self, x: Tensor) -> float:
+        """||enc(x) - h||^2 / ||h||^2 over all nodes."""
+        return float(self.residual(x)[0].sum() / self.h_s.square().sum())
+
+    def _validate(self, student: Student) -> float:
+        return student_accuracy(self.pool, student, "val")
+
+    def scores(self, h: Tensor, split: str = "val", students: int = 3) -> list[float]:
+        """Accuracies of students trained on encodings ``h`` (M, d), their pass chosen on validation nodes."""
+        found = []
+        for seed in range(students):
+            student, recipe = Student(self.config.student, h.shape[1], self.y_s.shape[1], seed), EvaluateConfig().recipe
+            fit_encodings(
+                student, h, self.y_s, recipe, seed=seed, select=lambda s: student_accuracy(self.pool, s, "val")
+            )
+            found.append(student_accuracy(self.pool, student, split))
+        return found
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean ± standard deviation."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
