@@ -111,7 +111,8 @@ class SyntheticConfig:
     kernel predictor does not see a length that all share; a student may."""
     discrete: bool = False
     """Make texts: real tokens (`tokens` of them, special ones counted) whose encodings point where the optimised ones
-    do. Stored as token ids, exported as text, read by any encoder; less accurate (benchmarks/results/discrete.md).
+    do. Stored as token ids, exported as text; less accurate, the more so in another encoder
+    (benchmarks/results/discrete.md).
     With `init: two-stage` and `outer.epochs: 0`, whose steps would move them off the vocabulary."""
 
     def __post_init__(self) -> None:
