@@ -1,7 +1,6 @@
 """Distil a text-attributed graph into a synthetic one a hundredth of its size (TaLK, arXiv 2606.22975)."""
 
 from talk_dist.config import DistillConfig as DistillConfig
-from talk_dist.config import preset as preset
 from talk_dist.data.prepare import prepare as prepare
 from talk_dist.data.tables import from_arrow as from_arrow
 from talk_dist.data.tables import from_ogb as from_ogb
@@ -12,6 +11,7 @@ from talk_dist.distill import distill as distill
 from talk_dist.evaluate import EvaluateConfig as EvaluateConfig
 from talk_dist.evaluate import evaluate as evaluate
 from talk_dist.models.encoder import TextEncoder as TextEncoder
+from talk_dist.presets import preset as preset
 from talk_dist.runtime.pool import LocalPool as LocalPool
 from talk_dist.synthetic.artifact import SyntheticTAG as SyntheticTAG
 

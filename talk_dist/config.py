@@ -1,7 +1,6 @@
 """Every setting of a distillation, one frozen dataclass a concern, each checked when it is made.
 
-`preset("default" | "quick" | "paper")` gives a whole configuration; a YAML file and command-line options
-override single fields of it.
+`presets.preset` gives a whole configuration; a YAML file and command-line options override single fields of it.
 """
 
 from __future__ import annotations
@@ -291,20 +290,3 @@ class DistillConfig:
     def from_dict(values: dict[str, Any]) -> DistillConfig:
         """The configuration of a nested dict. Raises ConfigError for an unknown key, with the nearest one."""
         return build(DistillConfig, values, "")
-
-
-def preset(name: str = "default") -> DistillConfig:
-    """`default`: best on validation; `quick`: minutes on two cores; `paper`: TaLK to the letter."""
-    if name == "default":
-        return DistillConfig()
-    if name == "quick":
-        return DistillConfig(two_stage=TwoStageConfig(token_steps=80), outer=OuterConfig(epochs=2))
-    if name == "paper":
-        return DistillConfig(
-            encoder=EncoderConfig(pooling="cls", adapters=True),
-            kernel=KernelConfig(architecture="gcn", norms="linear", ridge=1e-5),
-            synthetic=SyntheticConfig(tokens=256, init="random", storage="float32"),
-            inner=InnerConfig(passes=90, gnn_lr=1e-3, adapter_lr=1e-4),
-            outer=OuterConfig(epochs=80, steps=8, rows=0, lr=1e-4, patience=80),
-        )
-    raise ConfigError(f"unknown preset {name!r}; one of default, quick, paper")

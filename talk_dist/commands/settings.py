@@ -15,9 +15,10 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from talk_dist.commands.preflight import listed
-from talk_dist.config import DistillConfig, preset
+from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
 from talk_dist.evaluate import EvaluateConfig
+from talk_dist.presets import preset
 from talk_dist.schema import unknown_key
 
 

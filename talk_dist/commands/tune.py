@@ -15,11 +15,12 @@ from talk_dist.commands.call import Call, without
 from talk_dist.commands.folder import RunFolder
 from talk_dist.commands.place import place, refuse_workers_here
 from talk_dist.commands.settings import Command, read
-from talk_dist.config import DistillConfig, preset
+from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import load_encoder
+from talk_dist.presets import preset
 from talk_dist.runtime.callbacks import ProgressLines
 from talk_dist.runtime.estimate import Plan
 

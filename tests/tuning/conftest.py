@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from talk_dist.config import preset
+from talk_dist.presets import preset
 from tuning.space import configured
 
 SMALL = {

@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from talk_dist.config import DistillConfig, preset
+from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
+from talk_dist.presets import preset
 from tuning.space import Nearby, Parameter, active, configured, default_space, leaves, point_of, read_space, suggest
 
 

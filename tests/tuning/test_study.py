@@ -7,8 +7,8 @@ import random
 import pytest
 from optuna.trial import TrialState
 
-from talk_dist.config import preset
 from talk_dist.errors import ConfigError
+from talk_dist.presets import preset
 from tuning import study as study_module
 from tuning.findings import findings
 from tuning.space import default_space, point_of, suggest

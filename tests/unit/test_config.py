@@ -10,9 +10,10 @@ import json
 import pytest
 
 from talk_dist import config as module
-from talk_dist.config import DistillConfig, InnerConfig, OuterConfig, preset
+from talk_dist.config import DistillConfig, InnerConfig, OuterConfig
 from talk_dist.errors import ConfigError
 from talk_dist.evaluate import EvaluateConfig
+from talk_dist.presets import preset
 
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(DistillConfig) if field.name != "seed"}
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from talk_dist.commands import preflight
-from talk_dist.config import DistillConfig, preset
+from talk_dist.config import DistillConfig
 from talk_dist.errors import CapacityError
 from talk_dist.evaluate import EvaluateConfig
 from talk_dist.models.shape import ModelShape
+from talk_dist.presets import preset
 from talk_dist.runtime import estimate
 from talk_dist.runtime.estimate import plan
 from talk_dist.runtime.speed import measured_rate

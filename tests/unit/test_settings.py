@@ -7,7 +7,8 @@ import yaml
 
 from talk_dist.cli import COMMANDS
 from talk_dist.commands.settings import read
-from talk_dist.config import DistillConfig, preset
+from talk_dist.config import DistillConfig
+from talk_dist.presets import preset
 
 
 @pytest.mark.parametrize("name", ["default", "quick", "paper"])
