@@ -106,13 +106,13 @@ def laboratory_exit(path, out):
 
 
 def test_test_nodes_are_read_for_the_chosen_learning_rate_alone(plan, told, tags, make_encoder, tmp_path, monkeypatch):
-    """Two students, three rates, two seeds. The graph is read and the pool opened once for both students."""
+    """Two students, two rates, two seeds. The graph is read and the pool opened once for both students."""
     asked, graphs, opened = [], [], []
     scores, whole, place = LocalPool.student_scores, laboratory.WholeGraph, laboratory.place
     monkeypatch.setattr(LocalPool, "student_scores", lambda *a: asked.append(a[2]) or scores(*a))
     monkeypatch.setattr(laboratory, "WholeGraph", lambda tag: graphs.append(tag) or whole(tag))
     monkeypatch.setattr(laboratory, "place", lambda config: opened.append(config) or place(config))
-    rates = [1e-3, 5e-3, 2e-2]
+    rates = [1e-3, 2e-2]
     path = plan(students=["gcn", "sgc"], full_lr=rates, methods={"medoid": METHODS["medoid"]})
     told("compare", path, "--out", tmp_path / "out")
     reads = [index for index, splits in enumerate(asked) if "test" in splits]
