@@ -101,7 +101,7 @@ def test_the_ladder_is_a_solve_for_every_ridge(small, tags, make_encoder):
     scores = ridge_scores(pool, encoder, config, LADDER)
     counts = allocate(6, tags[2].train_class_counts)
     h_s = torch.from_numpy(class_centres(sample_for(pool, counts, config.seed), counts, config.seed))
-    k_ss = synthetic_kernel(h_s.double(), kernel.hops, kernel.layers)
+    k_ss = synthetic_kernel(h_s.double(), kernel.rounds, kernel.layers)
     for ridge in LADDER:
         dual = dual_coefficients(k_ss, one_hot_labels(counts), ridge).dual.numpy()
         assert scores[ridge] == accuracy(pool.krr_scores(h_s.numpy(), dual, "val"))

@@ -34,7 +34,7 @@ def refused(words, told, tags, tmp_path, monkeypatch):
     [
         ("kernel.rigde: [1, 2]", "unknown setting 'kernel.rigde'; the nearest known one is 'kernel.ridge'"),
         ("outer.lr: {low: 2.0}", "outer.lr: the range from 2.0 to 0.01 is empty"),
-        ("kernel.hops: [1, 5]", "kernel.hops = 5: "),
+        ("kernel.architecture: gcn\nkernel.hops: [1, 5]", "kernel.hops = 5: "),
         ("synthetic.size: [6, 2]", "synthetic.size gives 2 nodes for 3 classes; every class needs one"),
         ("synthetic.tokens: [16, 5000]", "synthetic.tokens = 5000: encoder"),
         ("- 1", "must map settings to ranges"),
@@ -46,7 +46,7 @@ def test_a_space_that_cannot_work(refused, space, problem):
 
 
 def test_a_space_whose_every_point_fails(refused):
-    err = refused("kernel.hops: [7, 8]\nsynthetic.size: [1, 2]")
+    err = refused("kernel.architecture: gcn\nkernel.hops: [7, 8]\nsynthetic.size: [1, 2]")
     for words in ("kernel.hops = 7", "kernel.hops = 8", "gives 1 node", "gives 2 nodes"):
         assert words in err
 

@@ -259,12 +259,12 @@ def test_from_the_command_line(tags, encoder_folder, told, tmp_path):
     assert "outer.epochs 0 (it is 4): outer steps move tokens off the vocabulary" in told(*run, code=2)[1]
     evaluation = ["--evaluate", "true", "--evaluation.seeds", "1", "--evaluation.against", "random"]
     table = told(*run, "--outer.epochs", "0", *evaluation, "--evaluation.recipe.passes", "5")[0]
-    assert "| synthetic | 6 | 156 |" in table  # 6 * 7 ids of two bytes, 6 * 3 labels of four
+    assert "| synthetic | 6 | 90 |" in table  # 6 * 7 ids of two bytes, 6 labels of one
     against = ["--seeds", 1, "--against", "random", "--recipe.passes", 5]
     again = told("evaluate", tmp_path / "run", "--data", tags[2].path, *against)[0]
     assert next(line for line in again.splitlines() if "| synthetic |" in line) in table
     seen = told("inspect", tmp_path / "run", "--data", tags[2].path, "--nearest", 2)[0]
-    for word in ("6 nodes of 7 token ids", "156 as token ids", "nearest real training texts"):
+    for word in ("6 nodes of 7 token ids", "90 as token ids", "nearest real training texts"):
         assert word in seen
     assert len(seen.split("nearest real training texts")[1].splitlines()) == 1 + 6 * 3
     assert "nearest real" not in told("inspect", tmp_path / "run")[0]

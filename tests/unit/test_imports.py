@@ -19,6 +19,7 @@ FLOORS = [
     {"schema", "page"},
     {"resources"},
     {"config"},
+    {"presets"},
     {"kernel"},
     {"data"},
     {"models"},
