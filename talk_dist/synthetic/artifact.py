@@ -136,6 +136,10 @@ class SyntheticTAG:
         if missing:
             raise DataError(str(path), f"{TENSORS} has no {' and no '.join(sorted(missing))}; distil or copy it again")
         config, metrics = (storage.read_json(storage.join(path, name)) for name in (CONFIG, METRICS))
+        packed = tensors["token_embeds"].dtype == torch.uint8
+        if packed != (config.get("storage") in grid.BITS):
+            kind = config.get("storage")
+            raise DataError(str(path), f"{CONFIG} says storage {kind!r}, {TENSORS} is another; distil or copy it again")
         return _from_tensors(tensors, config, metrics)
 
     def to_pyg(self, encodings: Tensor | None = None) -> Data:
@@ -203,7 +207,8 @@ def _from_tensors(tensors: dict[str, Tensor], config: dict[str, Any], metrics: d
         if "token_scales" in tensors:
             x = x * tensors["token_scales"].unsqueeze(-1)
     if "label_index" in tensors:
-        labels = torch.nn.functional.one_hot(tensors["label_index"].long(), len(config["classes"])).float()
+        classes = len(config.get("classes") or ()) or -1  # -1: as many as the indices need
+        labels = torch.nn.functional.one_hot(tensors["label_index"].long(), classes).float()
     else:
         labels = tensors["labels"]
     mask = tensors["mask"].long() if "mask" in tensors else None

@@ -93,6 +93,14 @@ def test_an_artifact_of_before_still_loads(tmp_path):
     assert back.token_embeds.equal(tag.as_stored().token_embeds)
 
 
+def test_packed_tokens_are_not_read_by_another_configuration(tmp_path):
+    for kind, other in (("int2", {}), ("int8", {"storage": "int4"})):
+        make(kind).save_pretrained(tmp_path / kind)
+        (tmp_path / kind / "config.json").write_text(json.dumps(other))
+        with pytest.raises(DataError, match=r"config\.json says storage"):
+            SyntheticTAG.from_pretrained(tmp_path / kind)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_what_is_on_a_grid_stays_as_it_is(bits):
     generator = torch.Generator().manual_seed(bits)
