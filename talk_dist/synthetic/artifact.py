@@ -136,9 +136,8 @@ class SyntheticTAG:
         if missing:
             raise DataError(str(path), f"{TENSORS} has no {' and no '.join(sorted(missing))}; distil or copy it again")
         config, metrics = (storage.read_json(storage.join(path, name)) for name in (CONFIG, METRICS))
-        packed = tensors["token_embeds"].dtype == torch.uint8
-        if packed != (config.get("storage") in grid.BITS):
-            kind = config.get("storage")
+        kind, embeds = config.get("storage"), tensors.get("token_embeds")
+        if embeds is not None and (embeds.dtype == torch.uint8) != (kind in grid.BITS):
             raise DataError(str(path), f"{CONFIG} says storage {kind!r}, {TENSORS} is another; distil or copy it again")
         return _from_tensors(tensors, config, metrics)
 
