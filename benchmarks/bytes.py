@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from cases import Case, spread
+from cases import Case, report, spread
 
 from talk_dist import EvaluateConfig, SyntheticTAG
-from talk_dist.commands.report import machine
 from talk_dist.distill import describe
 from talk_dist.evaluate import full_set, score
+from talk_dist.runtime.full import WholeGraph
 from talk_dist.synthetic.init import fit_tokens
 from talk_dist.synthetic.settle import settle
 
@@ -60,7 +58,7 @@ def main() -> None:
         meta, name = case.tag.meta, case.tag.meta["name"]
         scores[name, "stage one", "val"] += case.scores(case.h_s)
         if arguments.test:
-            whole = full_set(case.pool, case.encoder, EvaluateConfig().recipe, 1)
+            whole = full_set(WholeGraph(case.tag), case.pool, case.encoder, EvaluateConfig().recipe, 1)
             scores[name, "full", "test"] += score(whole, case.pool, case.encoder, EvaluateConfig(seeds=3)).accuracy
         for form in arguments.formats:
             storage, tokens, gain = form.split(":")
@@ -91,12 +89,7 @@ def main() -> None:
     for (name, form, split), found in scores.items():
         if (name, form) not in rows:
             lines.append(f"| {name} | {form}, {split} | | | | | {spread(found)} | | | |")
-    about = f"Mean ± standard deviation over the graphs' splits, × 3 students. Machine: {machine()}."
-    command = f"```\npython {shlex.join(sys.argv)}\n```\n"
-    text = "\n\n".join(["# Bytes", "\n".join(lines), about, command])
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    report("Bytes", lines, arguments.out)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from talk_dist import EvaluateConfig, LocalPool, PreparedTag, TextEncoder, preset
+from talk_dist.commands.report import machine
 from talk_dist.config import DistillConfig
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
 from talk_dist.runtime.outer import student_accuracy
 from talk_dist.synthetic.coresets import class_centres, sample_for
-from talk_dist.synthetic.init import class_counts, embed_texts, one_hot_labels, optimise_encodings
+from talk_dist.synthetic.init import choose, class_counts, embed, one_hot_labels, optimise_encodings
 
 
 class Case:
@@ -37,9 +41,7 @@ class Case:
 
     def medoids(self, tokens: int) -> Tensor:
         """Token embeddings (M, T, d_tok) of medoid texts."""
-        synthetic = dataclasses.replace(self.config.synthetic, tokens=tokens)
-        config = dataclasses.replace(self.config, synthetic=synthetic)
-        return embed_texts(self.pool, self.encoder, self.sample, self.counts, "medoid", config)
+        return embed(self.encoder, choose(self.pool, self.sample, self.counts, "medoid", self.config), tokens)
 
     def residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of ``x`` (M, T, d_tok): squared distances (M,) and their gradients."""
@@ -48,9 +50,6 @@ class Case:
     def error(self, x: Tensor) -> float:
         """||enc(x) - h||^2 / ||h||^2 over all nodes."""
         return float(self.residual(x)[0].sum() / self.h_s.square().sum())
-
-    def _validate(self, student: Student) -> float:
-        return student_accuracy(self.pool, student, "val")
 
     def scores(self, h: Tensor, split: str = "val", students: int = 3) -> list[float]:
         """Accuracies of students trained on encodings ``h`` (M, d), their pass chosen on validation nodes."""
@@ -62,6 +61,15 @@ class Case:
             )
             found.append(student_accuracy(self.pool, student, split))
         return found
+
+
+def report(title: str, lines: Sequence[str], out: Path | None) -> None:
+    """Print a result file, and write it if ``out`` is given: a table, how it was made, and where."""
+    about = f"Mean ± standard deviation over the graphs' splits, × 3 students. Machine: {machine()}."
+    text = "\n\n".join([f"# {title}", "\n".join(lines), about, f"```\npython {shlex.join(sys.argv)}\n```\n"])
+    print(text)
+    if out:
+        out.write_text(text)
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:

@@ -30,6 +30,7 @@ from talk_dist.config import EncoderConfig
 from talk_dist.data.tokenizer import resolve_checkpoint
 from talk_dist.evaluate import Row, TrainingSet, coreset_tag, full_set, retention, score, token_set
 from talk_dist.runtime.callbacks import Callback, ProgressLines
+from talk_dist.runtime.full import WholeGraph
 from talk_dist.synthetic.coresets import allocate
 from talk_dist.synthetic.decode import nearest_tokens
 
@@ -95,7 +96,7 @@ class Bench:
 
     def training_set(self, name: str, recipe: EvaluateConfig) -> TrainingSet:
         if name == FULL:
-            return full_set(self.pool, self.encoder, recipe.recipe, recipe.full_epochs)
+            return full_set(WholeGraph(self.tag), self.pool, self.encoder, recipe.recipe, recipe.full_epochs)
         if name == MEDOID:
             counts = allocate(len(self.made(LEARNED, 0)), self.tag.train_class_counts)
             tag, size = coreset_tag(self.pool, self.encoder, counts, "medoid", self.seed)

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from cases import Case, spread
+from cases import Case, report, spread
 from torch import Tensor
 
-from talk_dist.commands.report import machine
 from talk_dist.synthetic.invert import invert
 
 
@@ -84,12 +81,7 @@ def main() -> None:
     for (name, method), runs in found.items():
         scores = spread([score for _, scores in runs for score in scores])
         lines.append(f"| {name} | {method} | {spread([error for error, _ in runs])} | {scores} |")
-    about = f"Mean ± standard deviation over the graphs' splits, × 3 students. Machine: {machine()}."
-    command = f"```\npython {shlex.join(sys.argv)}\n```\n"
-    text = "\n\n".join(["# Tokens for given encodings: three optimisers", "\n".join(lines), about, command])
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text)
+    report("Tokens for given encodings: three optimisers", lines, arguments.out)
 
 
 if __name__ == "__main__":
