@@ -15,6 +15,7 @@ from torch import Tensor
 from talk_dist import EvaluateConfig, LocalPool, PreparedTag, TextEncoder, preset
 from talk_dist.commands.report import machine
 from talk_dist.config import DistillConfig
+from talk_dist.evaluate import Row
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
 from talk_dist.runtime.outer import student_accuracy
@@ -61,6 +62,14 @@ class Case:
             )
             found.append(student_accuracy(self.pool, student, split))
         return found
+
+
+def merge(rows: Sequence[Row]) -> Row:
+    """The same row of several splits as one."""
+    krr = [row.krr_accuracy for row in rows if row.krr_accuracy is not None]
+    nodes, size = (round(float(np.mean([getattr(row, name) for row in rows]))) for name in ("nodes", "bytes"))
+    scores = (tuple(v for row in rows for v in getattr(row, n)) for n in ("accuracy", "macro_f1", "val_accuracy"))
+    return Row(rows[0].name, nodes, size, *scores, float(np.mean(krr)) if krr else None)
 
 
 def report(title: str, lines: Sequence[str], out: Path | None) -> None:

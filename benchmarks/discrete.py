@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from quality import merge
+from cases import merge
 
 from talk_dist import DistillConfig, EvaluateConfig, LocalPool, PreparedTag, SyntheticTAG, TextEncoder, distill, preset
 from talk_dist.commands.report import machine

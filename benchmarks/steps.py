@@ -55,7 +55,8 @@ def main() -> None:
         pools[kind] = LocalPool(tag, encoder, kernel, runtime)
         pools[kind].encode(encoder.adapters())
         norms[kind] = pools[kind].meter.take()["propagate"]
-    rate, seconds = 0.0, {(kind, rows): [] for kind in pools for rows in ROWS}
+    rate = 0.0
+    seconds: dict[tuple[str, int], list[float]] = {(kind, rows): [] for kind in pools for rows in ROWS}
     for turn in range(arguments.repeats + 1):  # the first is to warm up: it plans the chunks
         rate = max(rate, product_rate())
         for (kind, rows), found in seconds.items():
