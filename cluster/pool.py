@@ -64,7 +64,7 @@ class RayPool:
         )
         path = everywhere(tag.path)
         cache = everywhere(runtime.cache_for(path))
-        self._specs = [ShardSpec(path, part, kernel, cache) for part in range(tag.num_parts)]
+        self._specs = [ShardSpec(path, part, kernel, cache, runtime.scratch) for part in range(tag.num_parts)]
         self._level = dict.fromkeys(range(tag.num_parts), 0)  # part -> phases of `_bring_up` behind it
         self._kernel = kernel
         self._version: str | None = None

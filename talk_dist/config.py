@@ -69,6 +69,12 @@ class KernelConfig:
     """Relative to the mean diagonal of the synthetic kernel."""
     precision: Literal["float32", "float64"] = "float32"
     """Number format of the kernel blocks; the solve is always in float64."""
+    block: int = 2048
+    """At most so many synthetic nodes in one kernel (0: all). More are dealt out to blocks, each with all classes and a
+    share of the real rows (divide and conquer: Zhang, Duchi & Wainwright 2013): cost is linear in N if M is a share."""
+    fields: Literal["memory", "disk"] = "memory"
+    """Where shards keep encodings: in memory, or, if they do not fit, in half precision mapped from
+    `runtime.scratch`."""
     chunk_mib: int = 256
     """Memory for one chunk of rows of a kernel block."""
 
@@ -78,8 +84,13 @@ class KernelConfig:
             hops=(self.hops >= 1, self.hops, "at least 1"),
             layers=(self.layers >= 1, self.layers, "at least 1"),
             ridge=(self.ridge >= 0, self.ridge, "not negative"),
+            block=(self.block == 0 or self.block >= 16, self.block, "0 or at least 16"),
             chunk_mib=(self.chunk_mib >= 1, self.chunk_mib, "at least 1"),
         )
+
+    def blocks(self, num_synthetic: int) -> int:
+        """B: node i of M is in block i mod B; as nodes come class by class, every block has its share of each."""
+        return max(1, -(-num_synthetic // self.block)) if self.block else 1
 
     @property
     def rounds(self) -> int:

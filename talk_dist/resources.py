@@ -21,6 +21,8 @@ class RuntimeConfig:
     """Keep the frozen encoder's encodings, for later runs."""
     cache_folder: str = ""
     """Where they are kept: runs on several splits of a graph can share them. Empty: beside the prepared TAG."""
+    scratch: str = ""
+    """With `kernel.fields: disk`, a local folder for them; empty: the system's for temporary files."""
 
     def __post_init__(self) -> None:
         check("runtime", threads=(self.threads >= 0, self.threads, "not negative"))

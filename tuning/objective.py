@@ -151,11 +151,14 @@ def ridge_scores(
     pool: ShardPool, encoder: Encoder, config: DistillConfig, ladder: Sequence[float]
 ) -> dict[float, float]:
     """The kernel predictor's validation accuracy from the class centres, for every ridge of the ladder: one
-    eigendecomposition and one pass over the validation rows for all of them."""
+    eigendecomposition (of each block) and one pass over the validation rows for all of them."""
     encoder.reset_adapters(config.seed)
     pool.encode(encoder.adapters())
     counts = class_counts(pool.tag, config.synthetic.size)
-    h_s = torch.from_numpy(class_centres(sample_for(pool, counts, config.seed), counts, config.seed))
-    k_ss = synthetic_kernel(h_s.double(), config.kernel.rounds, config.kernel.layers)
-    duals = ridge_path(k_ss, one_hot_labels(counts), ladder)
+    y_s, blocks = one_hot_labels(counts), config.kernel.blocks(int(counts.sum()))
+    h_s = torch.from_numpy(class_centres(sample_for(pool, counts, config.seed), counts, config.seed, blocks))
+    duals = torch.empty(len(ladder), *y_s.shape, dtype=torch.float64)
+    for block in range(blocks):
+        k_ss = synthetic_kernel(h_s[block::blocks].double(), config.kernel.rounds, config.kernel.layers)
+        duals[:, block::blocks] = ridge_path(k_ss, y_s[block::blocks], ladder)
     return dict(zip(ladder, map(accuracy, pool.krr_scores(h_s.numpy(), duals.numpy(), "val")), strict=True))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,6 +42,11 @@ class TokenLists:
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def slice(self, start: int, stop: int) -> TokenLists:
+        """Texts ``start`` to ``stop``, without a copy of their tokens."""
+        offsets = self.offsets[start : stop + 1]
+        return TokenLists(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
 
     def take(self, rows: np.ndarray) -> TokenLists:
         lists = [self[i] for i in rows]
@@ -93,6 +99,13 @@ class Partition:
     @property
     def num_own(self) -> int:
         return len(self.node)
+
+    def stretches(self, entries: int) -> Iterator[slice]:
+        """Own rows in stretches of at most so many entries of the CSR matrix, or of one row."""
+        start = 0
+        while start < self.num_own:
+            stop = int(np.searchsorted(self.indptr, self.indptr[start] + entries, side="right")) - 1
+            yield slice(start, start := min(max(stop, start + 1), self.num_own))
 
     def rows_of(self, split: str) -> np.ndarray:
         """Own rows (ascending) that are in ``split`` and labelled; ``all``: every own row, labelled or not."""

@@ -21,7 +21,7 @@ from torch import Tensor
 # Values are not clipped: clipping rho takes 0.45 % off the diagonal of K_ss, a *negative* ridge larger than
 # the ridge itself, and K_ss is then no longer positive semi-definite.
 SLOPE_CLIP = 0.9999
-_TINY = 1e-30
+TINY = 1e-30
 _BATCH_ELEMENTS = 1 << 23  # numbers in one batch of neighbourhoods, when norms are exact
 
 
@@ -53,10 +53,10 @@ def propagation(indptr: np.ndarray, indices: np.ndarray, degree: np.ndarray, kin
     """Row-wise propagation P (rows, columns) of a graph with self-loops, weighted by *global* degrees.
 
     ``mean``: P = D^-1 A (the paper's); ``sym``: P = D^-1/2 A D^-1/2 (what a GCN student uses).
-    ``degree`` (columns,) counts the self-loop; row i and column i are the same node.
+    ``degree`` (columns,) counts the self-loop; a row has all the neighbours of its node.
     """
     rows = len(indptr) - 1
-    per_row = np.repeat(degree[:rows], np.diff(indptr)).astype(np.float64)
+    per_row = np.repeat(np.diff(indptr), np.diff(indptr)).astype(np.float64)
     weights = 1.0 / per_row if kind == "mean" else 1.0 / np.sqrt(per_row * degree[indices])
     return sp.csr_matrix((weights, indices, indptr), shape=(rows, len(degree)))
 
@@ -75,26 +75,93 @@ def to_torch(matrix: sp.csr_matrix, dtype: torch.dtype, device: str | torch.devi
         )
 
 
-def kernel_block(
-    z: Tensor, h_s: Tensor, propagations: Sequence[Tensor], norms: Sequence[Tensor], layers: int = 1
-) -> Tensor:
-    """Kernel between real rows and synthetic columns, shape (r_K, M).
+Hop = tuple[Tensor, Tensor]  # a sparse matrix (r_k+1, r_k) and its transpose
 
-    ``z`` (r_1, d): rows of P H in the receptive field of the wanted rows; ``h_s`` (M, d): synthetic
-    encodings; ``propagations``: the K - 1 sparse matrices (r_k+1, r_k) of hops 2..K; ``norms``: for each hop
-    k the square roots (r_k,) of the propagated diagonal, see `node_norms`. Method, section 3.
+
+class KernelBlock:
+    """Kernel K (r_K, M) between real rows and synthetic columns, and its gradient by hand (method, section 3).
+
+    K is homogeneous of degree one on either side: what is computed is the kernel of *directions*, ``unit`` (r_K, M),
+    and K = n unit m with the lengths n (r_K,) and m (M,) of both sides. Lengths meet vectors and narrow matrices alone,
+    so that a block costs two products of its size with the width d and a few element-wise passes.
+
+    ``z`` (r_1, d): directions of P H in the receptive field of the wanted rows; ``h_s`` (M, d): synthetic encodings;
+    ``propagations``: of hops 2..K the matrix (r_k+1, r_k) as it acts on directions, see `between_directions`; ``norms``
+    (r_K,): n of the last hop. `pull` may be asked once, if ``keep``: it consumes what it needs.
     """
-    sigma = theta = z @ h_s.T
-    m = torch.linalg.vector_norm(h_s, dim=1)
-    for hop, n in enumerate(norms):
-        if hop:
-            sigma, theta = propagations[hop - 1] @ sigma, propagations[hop - 1] @ theta
-        scale = torch.outer(n, m).clamp_min(_TINY)
-        for _ in range(layers):
-            k0, k1 = arc_cosine(sigma / scale)
-            sigma = k1 * scale
-            theta = theta * k0 + sigma
-    return theta
+
+    def __init__(
+        self, z: Tensor, h_s: Tensor, propagations: Sequence[Hop], norms: Tensor, layers: int = 1, keep: bool = True
+    ):
+        self.lengths = torch.linalg.vector_norm(h_s, dim=1, keepdim=True).clamp_min(TINY)
+        self.directions = h_s / self.lengths
+        self._z, self._propagations, self._layers, self._norms = z, propagations, layers, norms[:, None]
+        self._tape: list[tuple[Tensor, Tensor, Tensor]] = []  # of each layer: theta before it, k0, sqrt(1 - rho^2)
+        theta = rho = z @ self.directions.T
+        for hop in range(len(propagations) + 1):
+            if hop:
+                forward, _ = propagations[hop - 1]
+                rho, theta = forward @ rho, forward @ theta
+            rho.clamp_(-1.0, 1.0)
+            for _ in range(layers):
+                root = torch.addcmul(rho.new_ones(()), rho, rho, value=-1.0).sqrt_()
+                k0 = torch.arccos(rho).mul_(-1.0 / math.pi).add_(1.0)
+                k1 = torch.mul(rho, k0).add_(root, alpha=1.0 / math.pi)
+                if keep:
+                    self._tape.append((theta, k0, root))
+                rho, theta = k1, torch.addcmul(k1, theta, k0)
+        self.unit = theta
+
+    def dense(self) -> Tensor:
+        """K itself (r_K, M)."""
+        return self._norms * self.unit * self.lengths.T
+
+    def times(self, b: Tensor) -> Tensor:
+        """K b (r_K, C)."""
+        return self._norms * (self.unit @ (self.lengths * b))
+
+    def transposed_times(self, g: Tensor) -> Tensor:
+        """K^T g (M, C)."""
+        return self.lengths * (self.unit.T @ (self._norms * g))
+
+    def pull(self, g: Tensor, b: Tensor, out: Tensor) -> None:
+        """Add to ``out`` (M, d) the gradient of <K b, g>, for fixed b (M, C) and g (r_K, C), with respect to the
+        directions of h_s, over their lengths: what `through_lengths` makes a gradient with respect to h_s."""
+        d_theta, d_rho = (
+            (self._norms * g) @ b.T,
+            torch.zeros((), dtype=g.dtype),
+        )  # of the last layer's rho nothing is asked
+        floor, tape = math.sqrt(1.0 - SLOPE_CLIP**2), self._tape
+        for hop in range(len(self._propagations), -1, -1):
+            for _ in range(self._layers):
+                theta, k0, root = tape.pop()
+                slope = torch.div(theta, root.clamp_min_(floor), out=root)  # pi times the slope of theta k0
+                d_k1 = d_rho.add_(d_theta) if d_rho.ndim else d_theta
+                through_k1 = torch.mul(d_k1, k0)
+                d_rho = torch.addcmul(through_k1, d_theta, slope, value=1.0 / math.pi)
+                d_theta = through_k1 if d_k1 is d_theta else d_theta.mul_(k0)
+            if hop:
+                _, backward = self._propagations[hop - 1]
+                d_rho, d_theta = backward @ d_rho, backward @ d_theta
+        out.addmm_(d_rho.add_(d_theta).T, self._z)
+
+
+def through_lengths(pulled: Tensor, h_s: Tensor, b: Tensor, d_b: Tensor) -> Tensor:
+    """The gradient with respect to h_s (M, d) of what `KernelBlock.pull` was asked for, from the sum of all that was
+    ``pulled`` (M, d): K = unit m, so that a node's length sees <b, d_b>, with ``d_b`` (M, C) the sum of K^T g."""
+    lengths = torch.linalg.vector_norm(h_s, dim=1, keepdim=True).clamp_min(TINY)
+    directions = h_s / lengths
+    along = (b * d_b).sum(1, keepdim=True) / lengths
+    return pulled + (along - (directions * pulled).sum(1, keepdim=True)) * directions
+
+
+def between_directions(
+    matrix: sp.csr_matrix, before: np.ndarray, after: np.ndarray, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> Hop:
+    """A propagation (rows, columns) as it acts on directions, and its transpose: columns times their norms ``before``
+    (columns,), rows over theirs ``after`` (rows,)."""
+    scaled = sp.diags_array(1.0 / np.maximum(after, TINY)) @ matrix @ sp.diags_array(before)
+    return to_torch(scaled, dtype, device), to_torch(scaled.T.tocsr(), dtype, device)
 
 
 def synthetic_kernel(h_s: Tensor, hops: int, layers: int = 1) -> Tensor:
@@ -105,7 +172,7 @@ def synthetic_kernel(h_s: Tensor, hops: int, layers: int = 1) -> Tensor:
     """
     m = torch.linalg.vector_norm(h_s, dim=1)
     sigma = theta = h_s @ h_s.T
-    scale = torch.outer(m, m).clamp_min(_TINY)
+    scale = torch.outer(m, m).clamp_min(TINY)
     itself = torch.eye(len(h_s), dtype=torch.bool, device=h_s.device)
     for _ in range(hops * layers):
         k0, k1 = arc_cosine((sigma / scale).masked_fill(itself, 1.0))
@@ -173,7 +240,7 @@ def _first_hop_norms(z: Tensor, matrix: sp.csr_matrix, layers: int, cap: int, ou
 def _activate(raw: Tensor, layers: int) -> Tensor:
     """S after the non-linear layers of a hop, among some nodes (..., n, n), from what was propagated."""
     n = raw.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-    scale = (n[..., :, None] * n[..., None, :]).clamp_min(_TINY)
+    scale = (n[..., :, None] * n[..., None, :]).clamp_min(TINY)
     for _ in range(layers):
         raw = arc_cosine(raw / scale)[1] * scale
     return raw

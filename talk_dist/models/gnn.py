@@ -70,6 +70,11 @@ class Student(nn.Module):
     def num_stages(self) -> int:
         return {"appnp": APPNP_STEPS}.get(self.config.kind, self.config.depth)
 
+    @property
+    def has_root(self) -> bool:
+        """Whether later stages need what the first made of the nodes."""
+        return self.config.kind == "appnp"
+
     def stage(self, index: int, x: Tensor, graph: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """One stage: ``x`` (local nodes, width) and what APPNP teleports to -> the same for the next stage."""
         kind, last = self.config.kind, index == self.num_stages - 1

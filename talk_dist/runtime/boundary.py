@@ -19,6 +19,7 @@ class ShardSpec:
     part: int
     kernel: KernelConfig
     cache: str = ""  # folder of the encodings that are kept
+    scratch: str = ""  # folder of fields on disk
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from talk_dist.models.protocol import Adapters, Encoder
 
 
 class EncodingCache:
-    """One file a partition and encoder in the folder ``path``; the name holds what the numbers depend on: the weights
-    and the tokens, so that several splits of a graph, prepared each in its folder, can share one cache."""
+    """A file for each stretch of a partition's texts in the folder ``path``, so that whoever is cut off goes on where
+    it was. The name holds what the numbers depend on: the weights and the tokens, so that several splits of a graph,
+    prepared each in its folder, can share one cache."""
 
     def __init__(self, path: str, part: int, tokens: TokenLists):
         self.path, self.part, self.tokens = path, part, tokens
@@ -37,9 +38,10 @@ class EncodingCache:
             digest.update(np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()
 
-    def get(self, encoder: Encoder, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """The cached encodings (n, d) float32, or computed now and kept."""
-        name = f"encodings/{encoder.fingerprint[:16]}-{self.texts[:16]}-part-{self.part:05d}.npy"
+    def get(self, encoder: Encoder, start: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The cached encodings (n, d) float32 of the stretch that begins with text ``start``, or computed now and
+        kept."""
+        name = f"encodings/{encoder.fingerprint[:16]}-{self.texts[:16]}-part-{self.part:05d}-from-{start:09d}.npy"
         uri = storage.join(self.path, name)
         if storage.exists(uri):
             return np.asarray(np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False))

@@ -13,9 +13,11 @@ from typing import Any
 
 from talk_dist.config import DistillConfig
 from talk_dist.models.shape import ModelShape
-from talk_dist.runtime.pool import SAMPLE_MINIMUM, SAMPLE_PER_NODE
-from talk_dist.runtime.shard import LIVE_BUFFERS
+from talk_dist.runtime.chunks import LIVE_BUFFERS, TILE_ELEMENTS, TILE_ROWS
+from talk_dist.runtime.pool import sample_size
+from talk_dist.runtime.shard import ENCODED_ROWS, PROPAGATED_BYTES, PROPAGATED_ENTRIES
 from talk_dist.runtime.speed import STEP_SECONDS, Evaluation, work
+from talk_dist.runtime.student_pass import MADE, STAGE_BYTES
 
 BASE_BYTES = 500 << 20  # a process that has used torch, transformers and torch-geometric: their code and tables
 DRIVER_BYTES = 20 << 20  # what the command line and scikit-learn add
@@ -30,6 +32,8 @@ REMEDIES = {
     "solve": "lower --synthetic.size",
     "encode": "lower --encoder.batch_tokens",
     "inject": "lower --outer.inject_batch or --synthetic.tokens",
+    "propagate": "prepare it in more parts, on more machines",
+    "students": "lower --student.hidden, or prepare it in more parts, on more machines",
     "kernel": "lower --kernel.chunk_mib",
     "full": "leave `full` out of --evaluation.against",
 }
@@ -68,7 +72,7 @@ class Process:
         return (
             f"{who} needs about {gib(self.host)} and {gib(available)} are free: {gib(held)} for the graph and its "
             f"encodings, {gib(self.working[phase])} while it does its largest step ({phase}). To fit, "
-            f"{REMEDIES[phase]}; take an encoder of smaller width; or use a machine with more memory"
+            f"{REMEDIES[phase]}; keep encodings on disk (--kernel.fields disk); or use a machine with more memory"
         )
 
 
@@ -99,7 +103,8 @@ class Plan:
 
     def actor(self, parts: Sequence[int], borrows: bool = False) -> Process:
         """A process that holds these parts and an encoder of its own, or ``borrows`` that of the workers."""
-        working = {name: self.working[name] for name in (("kernel",) if borrows else ("encode", "kernel"))}
+        phases = ("propagate", "students", "kernel")
+        working = {name: self.working[name] for name in (phases if borrows else ("encode", *phases))}
         held = {"shards": sum(_total(self.shards[part]) for part in parts)}
         return Process(BASE_BYTES + RAY_BYTES, held, 0 if borrows else self.model, working, self.device)
 
@@ -184,7 +189,7 @@ def token_bytes(storage: str, width: int) -> int:
 def _sample(meta: dict[str, Any], m: int, width: int) -> int:
     """Bytes of the training rows that the start chooses from, see `coresets.sample_for`."""
     counts = meta["class_counts"]["train"]
-    per_class = max(SAMPLE_MINIMUM, SAMPLE_PER_NODE * -(-m * max(counts) // max(1, sum(counts))))
+    per_class = sample_size(-(-m * max(counts) // max(1, sum(counts))), len(counts))
     return 4 * width * sum(min(count, per_class) for count in counts)
 
 
@@ -194,19 +199,19 @@ def _total(shard: dict[str, int]) -> int:
 
 def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, width: int) -> dict[str, int]:
     own, local, entries = part["nodes"], part["nodes"] + part["halo"], part["entries"]
-    item = 8 if config.kernel.precision == "float64" else 4
-    deeper, before = config.kernel.rounds - 1, config.kernel.hops - config.kernel.rounds
+    kernel, item = config.kernel, 8 if config.kernel.precision == "float64" else 4
+    alone, here = kernel.rounds == 1, local if kernel.fields == "memory" else 0
     return {
         "tokens": 4 * part["tokens"] + 8 * (own + 1),
         "graph": 8 * entries + 8 * (local + 1) + 8 * local + 21 * part["halo"] + 29 * own,
-        "propagation": 12 * entries + 4 * (local + 1),
-        "H": 4 * local * width,
-        "Z": item * local * width,
-        "hops before": item * local * width * before,
-        "norms": item * local * config.kernel.rounds,
+        "propagation": 0 if alone else 12 * entries + 4 * (local + 1),
+        "H": 4 * here * width,
+        "Z": item * here * width,
+        "hops before": item * here * width * (kernel.hops - kernel.rounds),
+        "norms": item * local * kernel.rounds,
         "targets": 4 * own * len(meta["classes"]) if config.outer.targets == "teacher" else 0,
-        "student": 4 * local * max(config.student.hidden, width) * 2 + 12 * entries,
-        "chunks": deeper * entries * (8 + item),
+        "student": 4 * here * 2 * max(config.student.hidden, width),
+        "chunks": 16 * own if alone else 2 * (kernel.rounds - 1) * entries * (8 + item),
         "halo": 4 * part["halo"] * width,
     }
 
@@ -218,16 +223,21 @@ def _working(
     kernel = config.kernel
     item = 8 if kernel.precision == "float64" else 4
     biggest = max(part["nodes"] + part["halo"] for part in meta["parts"])
-    block = min(kernel.chunk_mib << 20, biggest * m * item * LIVE_BUFFERS)
+    densest = max(part["entries"] for part in meta["parts"])
+    m_block = -(-m // kernel.blocks(m))
+    rows = max(TILE_ROWS, TILE_ELEMENTS // m_block) if kernel.rounds == 1 else biggest
+    block = min(kernel.chunk_mib << 20, min(rows, biggest) * m_block * item * LIVE_BUFFERS)
     classes = len(meta["classes"])
     taught = config.outer.targets == "teacher"
-    square, sample = 8 * m * m, _sample(meta, m, model.width)
+    square, sample = 8 * m_block * m_block, _sample(meta, m, model.width)
     solve = (2 + SOLVE_BUFFERS * kernel.rounds * kernel.layers) * square
     working = {
         "encode": HEAP * model.activations(config.encoder.batch_tokens / longest, longest, kept=False)
-        + 2 * 4 * biggest * model.width,
+        + 2 * 4 * min(biggest, ENCODED_ROWS) * model.width,
+        "propagate": min(item * biggest * model.width, PROPAGATED_BYTES) + 60 * min(densest, PROPAGATED_ENTRIES),
+        "students": min(MADE * 4 * biggest * max(config.student.hidden, model.width), STAGE_BYTES) + 40 * densest,
         "inject": HEAP * model.activations(min(m, config.outer.inject_batch), config.synthetic.tokens, kept=True),
-        "kernel": HEAP_UNTRIMMED * block + item * biggest * model.width + 3 * 8 * m * (model.width + classes),
+        "kernel": HEAP_UNTRIMMED * block + 4 * 8 * m * (model.width + classes),
         # as it comes, joined, sorted; a class of it in float64; a teacher's layers and their gradients
         "start": 4 * sample + (sample // model.width * config.student.hidden * 4 if taught else 0),
         "solve": solve * (HEAP_UNTRIMMED if square < MAPPED_BYTES else 1.0) + sample,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,33 +42,53 @@ class Objective:
         """Loss and gradient at encodings ``h_s`` (M, d) and labels ``y_s`` (M, C), over the real rows whose turn it is
         in this ``step``: all of them, unless `outer.rows` says otherwise."""
         kernel, outer = self.config.kernel, self.config.outer
-        h_s, meter = h_s.cpu(), self.pool.meter
+        h_s, meter, blocks = h_s.cpu(), self.pool.meter, self.config.kernel.blocks(len(h_s))
         with meter.time("solve"):
-            solution = self._solve(h_s, y_s)
-        loss = LossSpec(outer.loss, log_temperature, outer.targets, step % self.folds, self.folds)
-        sums = self.pool.loss_and_grads(h_s.numpy(), solution.dual.numpy(), loss)
+            solutions = self._solve(h_s, y_s)
+        folds = self.folds(len(h_s))
+        loss = LossSpec(outer.loss, log_temperature, outer.targets, step % folds, folds)
+        sums = self.pool.loss_and_grads(h_s.numpy(), interleaved([each.dual for each in solutions]).numpy(), loss)
         scale = loss_scale(outer.loss, sums.num_rows, y_s.shape[1])
         d_dual, d_hs = scale * torch.from_numpy(sums.d_dual), scale * torch.from_numpy(sums.d_hs)
         with meter.time("solve"):
-            d_hs, d_ys = complete_gradient(h_s, solution, d_dual, d_hs, kernel.rounds, kernel.layers)
-        return OuterGradient(scale * sums.loss, d_hs, d_ys, scale * sums.d_log_temperature)
+            gradients = [
+                complete_gradient(
+                    h_s[i::blocks], solution, d_dual[i::blocks], d_hs[i::blocks], kernel.rounds, kernel.layers
+                )
+                for i, solution in enumerate(solutions)
+            ]
+        all_hs, all_ys = (interleaved(list(each)) for each in zip(*gradients, strict=True))
+        return OuterGradient(scale * sums.loss, all_hs, all_ys, scale * sums.d_log_temperature)
 
-    @property
-    def folds(self) -> int:
+    def folds(self, num_synthetic: int) -> int:
         """Steps in which every real row has its turn."""
         outer, meta = self.config.outer, self.pool.tag.meta
         rows = meta["num_nodes"] if outer.targets == "teacher" else meta["split_sizes"]["train"]
-        return max(1, round(rows / outer.rows)) if outer.rows else 1
+        a_step = outer.rows * self.config.kernel.blocks(num_synthetic)
+        return max(1, round(rows / a_step)) if outer.rows else 1
 
     def krr_counts(self, h_s: Tensor, y_s: Tensor, split: str) -> np.ndarray:
         """Confusion counts (C, C) of the kernel predictor on ``split``."""
         h_s = h_s.cpu()
-        return self.pool.krr_scores(h_s.numpy(), self._solve(h_s, y_s).dual.numpy(), split)
+        dual = interleaved([each.dual for each in self._solve(h_s, y_s)])
+        return self.pool.krr_scores(h_s.numpy(), dual.numpy(), split)
 
-    def _solve(self, h_s: Tensor, y_s: Tensor) -> DualSolution:
-        kernel = self.config.kernel
-        k_ss = synthetic_kernel(h_s.double(), kernel.rounds, kernel.layers)
-        return dual_coefficients(k_ss, y_s, kernel.ridge)
+    def _solve(self, h_s: Tensor, y_s: Tensor) -> list[DualSolution]:
+        """Of each block (`KernelConfig.blocks`)."""
+        kernel, blocks = self.config.kernel, self.config.kernel.blocks(len(h_s))
+        found = []
+        for i in range(blocks):
+            k_ss = synthetic_kernel(h_s[i::blocks].double(), kernel.rounds, kernel.layers)
+            found.append(dual_coefficients(k_ss, y_s[i::blocks], kernel.ridge))
+        return found
+
+
+def interleaved(blocks: Sequence[Tensor]) -> Tensor:
+    """Rows of B blocks as those of one matrix (M, ...): row r of block i becomes row r B + i."""
+    whole = blocks[0].new_empty((sum(map(len, blocks)), *blocks[0].shape[1:]))
+    for i, block in enumerate(blocks):
+        whole[i :: len(blocks)] = block
+    return whole
 
 
 def accuracy(counts: np.ndarray) -> float:

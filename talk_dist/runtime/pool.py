@@ -25,7 +25,8 @@ from talk_dist.runtime.meter import Meter
 from talk_dist.runtime.shard import Shard, field_names, halo_depth
 
 SAMPLE_PER_NODE = 512  # sampled training rows of a class per synthetic node: bounds the driver's memory
-SAMPLE_MINIMUM = 4096
+SAMPLE_MINIMUM = 4096  # of a class
+SAMPLE_LIMIT = 1 << 20  # of all classes together, unless that is less than the minimum
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class LocalPool:
             torch.set_num_threads(runtime.threads)
         self.tag = tag
         self.shards = [
-            Shard(ShardSpec(tag.path, part, kernel, runtime.cache_for(tag.path)), encoder)
+            Shard(ShardSpec(tag.path, part, kernel, runtime.cache_for(tag.path), runtime.scratch), encoder)
             for part in range(tag.num_parts)
         ]
         self.meter = Meter()
@@ -153,6 +154,11 @@ class LocalPool:
             for shard in self.shards:
                 replies = [self.shards[owner].rows(name, rows) for owner, rows in shard.requests(depth)]
                 shard.receive(name, depth, replies)
+
+
+def sample_size(largest: int, num_classes: int) -> int:
+    """Training rows a class from which a set is chosen whose largest class has ``largest`` nodes."""
+    return max(SAMPLE_MINIMUM, min(SAMPLE_PER_NODE * largest, SAMPLE_LIMIT // num_classes))
 
 
 def peak_memory() -> int:

@@ -7,7 +7,6 @@ are pure in their arguments and in the current encoding; arrays that cross its b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -18,19 +17,31 @@ from torch import Tensor
 
 from talk_dist.config import KernelConfig
 from talk_dist.data.splits import hash_ids
-from talk_dist.data.tag import PreparedTag
+from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.errors import ConfigError
 from talk_dist.kernel.krr import loss_sums
-from talk_dist.kernel.sntk import kernel_block, node_norms, propagation, to_torch
-from talk_dist.models.gnn import local_graph, self_loops
+from talk_dist.kernel.sntk import (
+    TINY,
+    KernelBlock,
+    node_norms,
+    propagation,
+    through_lengths,
+    to_torch,
+)
+from talk_dist.models.gnn import self_loops
 from talk_dist.models.inner import one_hot
 from talk_dist.models.protocol import Adapters, Encoder
 from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, StudentState
+from talk_dist.runtime.chunks import Chunk, Chunks
 from talk_dist.runtime.encodings import EncodingCache
+from talk_dist.runtime.fields import Fields
+from talk_dist.runtime.student_pass import StudentPass
 
+ENCODED_ROWS = 8192  # texts that are encoded, and kept, at a time
 TEACHER_ROWS = 8192  # rows that the teacher sees at once
-FOLD_SEED = -1  # no split's
-LIVE_BUFFERS = 20  # arrays of the size (rows, M) that a kernel block with gradient holds at its peak
+PROPAGATED_BYTES = 1 << 30  # of a field that is propagated, in memory at once
+PROPAGATED_ENTRIES = 1 << 23  # edges whose weights are in memory at once
+SUMMED_ROWS = 1 << 14  # after so many rows single-precision sums are added to those in double precision
 
 
 def field_names(kernel: KernelConfig) -> list[str]:
@@ -41,15 +52,6 @@ def field_names(kernel: KernelConfig) -> list[str]:
 def halo_depth(kernel: KernelConfig) -> int:
     """How deep a halo of Z is needed: a kernel of K rounds reaches K - 1 hops, `sample` and `learn` one."""
     return max(1, kernel.hops - 1) if kernel.architecture == "gcn" else 0
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Wanted rows and their receptive field: rows of Z, and the sparse matrices of hops 2..K."""
-
-    rows: np.ndarray
-    fields: list[np.ndarray]  # local nodes at hop 1..K; the last is ``rows``
-    propagations: list[Tensor]
 
 
 class Shard:
@@ -70,12 +72,10 @@ class Shard:
         self.dtype = torch.float64 if spec.kernel.precision == "float64" else torch.float32
         self.device = encoder.device
         self._taught: Tensor | None = None  # (n, C) what the teacher says of own rows
-        self._propagation = propagation(part.indptr, part.indices, part.degree, spec.kernel.propagation)
         self._depth = np.concatenate([np.zeros(part.num_own, np.int8), part.halo_depth])
         self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if spec.cache else None
-        self._fields: dict[str, np.ndarray] = {}  # name -> (own + halo, width)
+        self._fields = Fields(len(self._depth), spec.kernel.fields == "disk", spec.scratch)
         self._encoded_with: str | None = None
-        self._chunks: dict[tuple[str, int, int, int], list[_Chunk]] = {}
 
     # -- encoding and halo exchange -----------------------------------------------------------------------
 
@@ -84,15 +84,24 @@ class Shard:
         version = EncodingCache.version(adapters)
         if version == self._encoded_with:
             return False
-        self._taught = None
+        self._taught = self._encoded_with = None
         self.encoder.load_adapters(adapters)
+        total = self.part.num_own
+        for start in range(0, total, ENCODED_ROWS):
+            texts = self.part.tokens.slice(start, start + ENCODED_ROWS)
 
-        def compute() -> np.ndarray:
-            return self.encoder.encode_tokens(self.part.tokens, progress)
+            def tell(done: int, _: int, before: int = start) -> None:
+                if progress:
+                    progress(before + done, total)
 
-        cacheable = self._cache is not None and not adapters
-        own = self._cache.get(self.encoder, compute) if cacheable and self._cache else compute()
-        self._set("H", own)
+            def compute(texts: TokenLists = texts, tell: Callable[[int, int], None] = tell) -> np.ndarray:
+                return self.encoder.encode_tokens(texts, tell)
+
+            cacheable = self._cache is not None and not adapters
+            own = self._cache.get(self.encoder, start, compute) if cacheable and self._cache else compute()
+            if not start:
+                self._fields.blank("H", own.shape[1], own.dtype)
+            self._fields.put("H", slice(start, start + len(own)), slice(None), own)
         self._encoded_with = version
         return True
 
@@ -111,122 +120,116 @@ class Shard:
         near = np.flatnonzero(self.part.halo_depth <= depth)
         owners = self.part.halo_owner[near]
         for owner, reply in zip(np.unique(owners), replies, strict=True):
-            self._fields[name][self.part.num_own + near[owners == owner]] = reply
+            self._fields.put(name, self.part.num_own + near[owners == owner], slice(None), reply)
 
     def propagate(self, source: str = "H", target: str = "Z") -> None:
-        """target = P source on own rows; the source's direct halo must be there. `field_names` has the names."""
-        matrix = to_torch(self._propagation[: self.part.num_own], self.dtype)
-        x = torch.from_numpy(self._fields[source]).to(self.dtype)
-        self._set(target, (matrix @ x).numpy())
+        """target = P source on own rows; the source's direct halo must be there. `field_names` has the names.
+
+        Some columns of the field are in memory at once, and the weights of some rows."""
+        field = self._fields[source]
+        width = max(1, PROPAGATED_BYTES // (len(field) * self.dtype.itemsize))
+        self._fields.blank(target, field.shape[1], np.float64 if self.dtype is torch.float64 else np.float32)
+        for column in range(0, field.shape[1], width):
+            columns = slice(column, column + width)
+            x = self._tensor(field[:, columns])
+            for rows in self.part.stretches(PROPAGATED_ENTRIES):
+                weights = to_torch(self._weights(rows), self.dtype, self.device)
+                self._fields.put(target, rows, columns, (weights @ x).cpu().numpy())
 
     def measure_norms(self) -> None:
-        """Norms of every hop, from Z with its halo. Once per encoding."""
-        kernel = self.spec.kernel
-        levels = [np.flatnonzero(self._depth < kernel.rounds - hop) for hop in range(kernel.rounds)]
-        matrices = []
-        for outer, inner in pairwise(levels):
-            matrices.append(self._propagation[inner][:, outer])
-        z = torch.from_numpy(self._fields["Z"][levels[0]])
-        self._norms = node_norms(z, matrices, kernel.layers, kernel.norms, kernel.degree_cap)
+        """Norms of every round, from Z with its halo. Once per encoding."""
+        self._norms = self._measured()
+        self._chunks = Chunks(
+            self.part, self.spec.kernel, self.dtype, self.device, self._norms, lambda: self._propagation
+        )
 
-    def _set(self, name: str, own: np.ndarray) -> None:
-        field = np.zeros((len(self._depth), own.shape[1]), dtype=own.dtype)
-        field[: len(own)] = own
-        self._fields[name] = field
+    def _measured(self) -> list[Tensor]:
+        kernel, z = self.spec.kernel, self._fields["Z"]
+        levels = [np.flatnonzero(self._depth < kernel.rounds - hop) for hop in range(kernel.rounds)]
+        if len(levels) == 1:  # rows by themselves
+            parts = [
+                torch.linalg.vector_norm(self._tensor(z[rows]), dim=1).cpu() for rows in self.part.stretches(1 << 20)
+            ]
+            return [torch.cat(parts)]
+        matrices = [self._propagation[inner][:, outer] for outer, inner in pairwise(levels)]
+        near = self._tensor(z[levels[0]]).cpu()
+        return node_norms(near, matrices, kernel.layers, kernel.norms, kernel.degree_cap)
+
+    @cached_property
+    def _propagation(self) -> sp.csr_matrix:
+        """P with a row for each node that has one."""
+        return self._weights(slice(0, len(self.part.indptr) - 1))
+
+    def _weights(self, rows: slice) -> sp.csr_matrix:
+        part = self.part
+        indptr = part.indptr[rows.start : rows.stop + 1]
+        indices = part.indices[indptr[0] : indptr[-1]]
+        return propagation(indptr - indptr[0], indices, part.degree, self.spec.kernel.propagation)
 
     # -- the kernel ---------------------------------------------------------------------------------------
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         """Sums over own rows of a fold, chunk by chunk (method, section 4, step 2)."""
-        leaf, b = self._tensor(h_s).requires_grad_(), self._tensor(dual)
         total = log_temperature = 0.0
-        d_dual = torch.zeros(b.shape, dtype=torch.float64)
-        d_hs = torch.zeros(leaf.shape, dtype=torch.float64)
-        chunks = self._plan(loss.split, len(h_s), loss.fold, loss.folds)
-        for chunk in chunks:
-            kernel = self._block(chunk, leaf)
-            block = kernel.detach()
-            sums = loss_sums(block @ b, self._wanted(chunk.rows, loss).to(block), loss.kind, loss.log_temperature)
-            (gradient,) = torch.autograd.grad(kernel, leaf, sums.d_scores @ b.T)
-            total += float(sums.loss)
-            log_temperature += float(sums.d_log_temperature)
-            d_dual += (block.T @ sums.d_scores).double().cpu()
-            d_hs += gradient.double().cpu()
-        num_rows = sum(len(chunk.rows) for chunk in chunks)
-        return ShardGrads(total, num_rows, d_dual.numpy(), d_hs.numpy(), log_temperature)
+        num_rows, blocks = 0, self.spec.kernel.blocks(len(h_s))
+        d_dual, d_hs = np.zeros(dual.shape), np.zeros(h_s.shape)
+        for block in range(blocks):
+            columns = slice(block, None, blocks)
+            leaf, b = self._tensor(h_s[columns]), self._tensor(dual[columns])
+            pulled, own_pulled = torch.zeros_like(leaf), torch.zeros(leaf.shape, dtype=torch.float64)
+            own_dual, waiting = torch.zeros(b.shape, dtype=torch.float64), 0
+            for chunk in self._chunks.of(loss.split, len(leaf), (block, blocks), (loss.fold, loss.folds)):
+                kernel = self._block(chunk, leaf)
+                wanted = self._wanted(chunk.rows, loss).to(leaf)
+                sums = loss_sums(kernel.times(b), wanted, loss.kind, loss.log_temperature)
+                total += float(sums.loss)
+                log_temperature += float(sums.d_log_temperature)
+                own_dual += kernel.transposed_times(sums.d_scores).double().cpu()
+                kernel.pull(sums.d_scores, b, pulled)
+                num_rows, waiting = num_rows + len(chunk.rows), waiting + len(chunk.rows)
+                if waiting >= SUMMED_ROWS:
+                    own_pulled, waiting = own_pulled + pulled.double().cpu(), 0
+                    pulled.zero_()
+            own_pulled += pulled.double().cpu()
+            d_dual[columns] = own_dual.numpy()
+            d_hs[columns] = through_lengths(own_pulled, leaf.double().cpu(), b.double().cpu(), own_dual).numpy()
+        return ShardGrads(total, num_rows, d_dual, d_hs, log_temperature)
 
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
-        """Confusion counts (C, C) [true, predicted] of the kernel predictor on the own rows of ``split``.
+        """Confusion counts (C, C) [true, predicted] of the kernel predictor on the own rows of ``split``, of each row
+        by the predictor of its block.
 
         A stack of dual coefficients (R, M, C) gives a stack of counts (R, C, C) from one pass over the kernel.
         """
         counts = np.zeros((*dual.shape[:-2], self.num_classes, self.num_classes), dtype=np.int64)
-        s, b = self._tensor(h_s), self._tensor(dual)
-        for chunk in self._plan(split, len(h_s)):
-            predicted = (self._block(chunk, s) @ b).argmax(-1).cpu().numpy()
-            for one in np.ndindex(dual.shape[:-2]):
-                np.add.at(counts[one], (self.part.label[chunk.rows], predicted[one]), 1)
+        blocks = self.spec.kernel.blocks(len(h_s))
+        for block in range(blocks):
+            s, b = self._tensor(h_s[block::blocks]), self._tensor(dual[..., block::blocks, :])
+            for chunk in self._chunks.of(split, len(s), (block, blocks)):
+                predicted = self._block(chunk, s, keep=False).times(b).argmax(-1).cpu().numpy()
+                for one in np.ndindex(dual.shape[:-2]):
+                    np.add.at(counts[one], (self.part.label[chunk.rows], predicted[one]), 1)
         return counts
 
-    def _block(self, chunk: _Chunk, h_s: Tensor) -> Tensor:
-        z = self._tensor(self._fields["Z"][chunk.fields[0]])
-        norms = [n[torch.from_numpy(f)].to(self.device) for n, f in zip(self._norms, chunk.fields, strict=True)]
-        return kernel_block(z, h_s, chunk.propagations, norms, self.spec.kernel.layers)
+    def _block(self, chunk: Chunk, h_s: Tensor, keep: bool = True) -> KernelBlock:
+        first, last = self._norms[0], self._norms[-1]
+        lengths = first[torch.from_numpy(chunk.support)].to(self.device, self.dtype)
+        z = self._tensor(self._fields["Z"][chunk.support]).div_(lengths.clamp_min(TINY)[:, None])
+        norms = last[torch.from_numpy(chunk.rows)].to(self.device, self.dtype)
+        return KernelBlock(z, h_s, chunk.hops, norms, self.spec.kernel.layers, keep)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(array)).to(self.device, self.dtype)
-
-    def _plan(self, split: str, num_synthetic: int, fold: int = 0, folds: int = 1) -> list[_Chunk]:
-        """The rows of ``split`` and ``fold`` in chunks whose kernel block fits kernel.chunk_mib.
-
-        The fold of a row depends on its id alone, as its split does: not on the sharding.
-        """
-        key = (split, num_synthetic, fold, folds)
-        if key not in self._chunks:
-            bytes_per_row = num_synthetic * self.dtype.itemsize * LIVE_BUFFERS
-            limit = max(1, (self.spec.kernel.chunk_mib << 20) // bytes_per_row)
-            rows = self.part.rows_of(split)
-            if folds > 1:
-                rows = rows[self._lot[rows] * np.uint64(folds) >> np.uint64(32) == fold]
-            self._chunks[key] = self._split(rows, limit)
-        return self._chunks[key]
-
-    @cached_property
-    def _lot(self) -> np.ndarray:
-        """(n,) uint64 below 2^32: where in its split a row falls."""
-        return hash_ids(self.part.node_id, FOLD_SEED) >> np.uint64(32)
-
-    def _split(self, rows: np.ndarray, limit: int) -> list[_Chunk]:
-        if not len(rows):
-            return []
-        fields: list[np.ndarray] = [rows]
-        matrices: list[Tensor] = []
-        for _ in range(self.spec.kernel.rounds - 1):
-            sub: sp.csr_matrix = self._propagation[fields[0]]
-            support = np.unique(sub.indices)
-            fields.insert(0, support)
-            matrices.insert(0, to_torch(sub[:, support], self.dtype, self.device))
-        if len(fields[0]) > limit and len(rows) > 1:
-            half = len(rows) // 2
-            return self._split(rows[:half], limit) + self._split(rows[half:], limit)
-        return [_Chunk(rows, fields, matrices)]
+        """A copy that may be written to."""
+        return torch.tensor(array, dtype=self.dtype, device=self.device)
 
     # -- the student --------------------------------------------------------------------------------------
 
     def student_begin(self, state: StudentState) -> None:
-        part = self.part
-        self._student = state.build()
-        self._graph = local_graph(
-            state.config.kind, part.indptr[: part.num_own + 1], part.indices[: part.indptr[part.num_own]], part.degree
-        )
-        self._root: Tensor | None = None
-        self._fields["X"] = self._fields["H"]
+        self._student = StudentPass(state, self.part, self._fields)
 
     def student_stage(self, index: int) -> None:
         """One stage of the student on "X", whose direct halo must be there."""
-        with torch.no_grad():
-            x, self._root = self._student.stage(index, torch.from_numpy(self._fields["X"]), self._graph, self._root)
-        self._set("X", x[: self.part.num_own].numpy())
+        self._student.stage(index)
 
     def student_scores(self, split: str) -> np.ndarray:
         """Confusion counts (C, C) [true, predicted] of "X" on the own rows of ``split``."""
@@ -261,7 +264,7 @@ class Shard:
         if self.spec.kernel.architecture == "sgc":
             return self._fields["Z"][rows].astype(np.float32)
         matrix = to_torch(self._propagation[rows], self.dtype)
-        return (matrix @ torch.from_numpy(self._fields["Z"]).to(self.dtype)).float().numpy()
+        return (matrix @ self._tensor(self._fields["Z"]).cpu()).float().numpy()
 
     # -- what initialisation and baselines need -------------------------------------------------------------
 

@@ -6,12 +6,12 @@ All work class by class on the propagated encodings P^2 H of a bounded sample of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from talk_dist.errors import ConfigError
-from talk_dist.runtime.pool import SAMPLE_MINIMUM, SAMPLE_PER_NODE, ShardPool, TrainSample
+from talk_dist.runtime.pool import ShardPool, TrainSample, sample_size
 
 
 def allocate(num_synthetic: int, class_counts: np.ndarray) -> np.ndarray:
@@ -35,7 +35,7 @@ def allocate(num_synthetic: int, class_counts: np.ndarray) -> np.ndarray:
 
 def sample_for(pool: ShardPool, counts: np.ndarray, seed: int) -> TrainSample:
     """The training rows to choose ``counts`` (C,) nodes from: on a small graph all of them."""
-    return pool.sample(max(SAMPLE_MINIMUM, SAMPLE_PER_NODE * int(counts.max())), seed)
+    return pool.sample(sample_size(int(counts.max()), len(counts)), seed)
 
 
 def random(features: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -93,20 +93,34 @@ METHODS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
 }
 
 
-def select(sample: TrainSample, counts: np.ndarray, method: str, seed: int) -> np.ndarray:
-    """Rows of ``sample`` (M,), class by class. A class with fewer rows than asked repeats them."""
-    chosen = []
-    for label, count in enumerate(counts):
-        rows = np.flatnonzero(sample.label == label)
-        picked = METHODS[method](sample.features[rows].astype(np.float64), int(count), seed)
-        chosen.append(rows[np.resize(picked, count)])
-    return np.concatenate(chosen)
+def select(sample: TrainSample, counts: np.ndarray, method: str, seed: int, blocks: int = 1) -> np.ndarray:
+    """Rows of ``sample`` (M,), class by class. A class with fewer rows than asked repeats them.
+
+    With ``blocks`` (`KernelConfig.blocks`) each chooses its nodes from its share of the rows.
+    """
+    chosen = np.empty(counts.sum(), np.int64)
+    for places, rows in _shares(sample, counts, blocks):
+        picked = METHODS[method](sample.features[rows].astype(np.float64), len(places), seed)
+        chosen[places] = rows[np.resize(picked, len(places))]
+    return chosen
 
 
-def class_centres(sample: TrainSample, counts: np.ndarray, seed: int) -> np.ndarray:
-    """Class-wise k-means centres of the sampled features (M, d), in the order of `select`."""
-    found = []
+def class_centres(sample: TrainSample, counts: np.ndarray, seed: int, blocks: int = 1) -> np.ndarray:
+    """Class-wise k-means centres of the sampled features (M, d), in the order and with the ``blocks`` of `select`."""
+    found = np.empty((counts.sum(), sample.features.shape[1]), np.float32)
+    for places, rows in _shares(sample, counts, blocks):
+        own = centres(sample.features[rows].astype(np.float64), len(places), seed)
+        found[places] = own[np.resize(np.arange(len(own)), len(places))]
+    return found
+
+
+def _shares(sample: TrainSample, counts: np.ndarray, blocks: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each class and block: places among the M nodes, and rows of the sample, whose order is random."""
+    first = 0
     for label, count in enumerate(counts):
-        rows = centres(sample.features[sample.label == label].astype(np.float64), int(count), seed)
-        found.append(rows[np.resize(np.arange(len(rows)), count)])
-    return np.concatenate(found).astype(np.float32)
+        rows, places = np.flatnonzero(sample.label == label), np.arange(first, first + count)
+        first += count
+        for block in range(blocks):
+            mine = places[places % blocks == block]
+            if len(mine):
+                yield mine, rows[block % len(rows) :: blocks]

@@ -60,7 +60,7 @@ def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: 
     texts = choose(pool, sample, counts, "random" if config.synthetic.init == "random" else "medoid", config)
     if config.synthetic.init != "two-stage":
         return Start(embed(encoder, texts, config.synthetic.tokens), y_s, Objective.initial_log_temperature)
-    start = torch.from_numpy(class_centres(sample, counts, config.seed))
+    start = torch.from_numpy(class_centres(sample, counts, config.seed, config.kernel.blocks(len(y_s))))
     teacher = real.teacher(report) if config.two_stage.teacher_share else None
     h_s, y_s, log_temperature = optimise_encodings(pool, start, y_s, config, report, teacher)
     return Start(fit_texts(encoder, texts, h_s, config, report), y_s, log_temperature)
@@ -68,7 +68,8 @@ def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: 
 
 def choose(pool: ShardPool, sample: TrainSample, counts: np.ndarray, how: str, config: DistillConfig) -> TokenLists:
     """The M texts that the coreset ``how`` chooses."""
-    return pool.tokens(sample.place[select(sample, counts, how, config.seed)])
+    blocks = config.kernel.blocks(int(counts.sum()))
+    return pool.tokens(sample.place[select(sample, counts, how, config.seed, blocks)])
 
 
 def embed(encoder: Encoder, tokens: TokenLists, length: int) -> Tensor:

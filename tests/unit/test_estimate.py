@@ -16,6 +16,7 @@ from talk_dist.models.shape import ModelShape
 from talk_dist.presets import preset
 from talk_dist.runtime import estimate
 from talk_dist.runtime.estimate import plan
+from talk_dist.runtime.shard import field_names
 from talk_dist.runtime.speed import measured_rate
 from talk_dist.synthetic import coresets
 from talk_dist.synthetic.artifact import SyntheticTAG
@@ -44,7 +45,8 @@ def test_counted_bytes_are_those_of_real_shards(tags, make_encoder, make_pool, p
         assert counted["tokens"] == part.tokens.values.nbytes + part.tokens.offsets.nbytes
         assert counted["H"] == shard._fields["H"].nbytes
         assert counted["Z"] == shard._fields["Z"].nbytes
-        assert counted["hops before"] == sum(field.nbytes for name, field in shard._fields.items() if name[0] == "P")
+        before = [name for name in field_names(pool.shards[0].spec.kernel) if name[0] == "P"]
+        assert counted["hops before"] == sum(shard._fields[name].nbytes for name in before)
         graph = [
             part.indptr,
             part.indices,
@@ -107,12 +109,18 @@ def test_memory_grows_with_what_is_held(tags):
 
 
 def test_the_sample_is_counted_as_it_is_drawn(tags, make_encoder, make_pool):
-    assert estimate.SAMPLE_MINIMUM == coresets.SAMPLE_MINIMUM
-    assert estimate.SAMPLE_PER_NODE == coresets.SAMPLE_PER_NODE
     pool = make_pool(make_encoder(), 2)
     counts = coresets.allocate(5, tags[2].train_class_counts)
     found = plan(tags[2].meta, DistillConfig(), dataclasses.replace(MINILM, width=32), 5, None)
     assert found.sample == coresets.sample_for(pool, counts, 0).features.nbytes
+
+
+def test_fields_on_disk_are_not_held(tags):
+    meta = tags[2].meta
+    there = plan(meta, with_values(DistillConfig(), kernel={"fields": "disk"}), MINILM, 5, None)
+    for shard, counted in zip(there.shards, plan(meta, DistillConfig(), MINILM, 5, None).shards, strict=True):
+        assert [shard[name] for name in ("H", "Z", "hops before", "student")] == [0] * 4
+        assert {**counted, **shard} == {**counted, "H": 0, "Z": 0, "hops before": 0, "student": 0}
 
 
 def test_object_stores(tags):

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from talk_dist.kernel.sntk import (
     SLOPE_CLIP,
+    KernelBlock,
     arc_cosine,
-    kernel_block,
+    between_directions,
     node_norms,
     propagation,
     synthetic_kernel,
+    through_lengths,
     to_torch,
 )
 
@@ -28,7 +30,18 @@ def block_on_whole_graph(graph, h_t, h_s, hops, layers, kind, norms="exact"):
     p = propagation(*graph.csr(), kind)
     z = to_torch(p, torch.float64) @ h_t
     every_norm = node_norms(z, [p] * (hops - 1), layers, norms)
-    return kernel_block(z, h_s, [to_torch(p, torch.float64)] * (hops - 1), every_norm, layers), every_norm
+    lengths = [n.numpy() for n in every_norm]
+    between = [between_directions(p, before, after, torch.float64) for before, after in itertools.pairwise(lengths)]
+    directions = z / every_norm[0].clamp_min(1e-30)[:, None]
+    return KernelBlock(directions, h_s, between, every_norm[-1], layers), every_norm
+
+
+def gradient_of(block, h_s, g, b):
+    """d <K b, g> / d h_s by hand."""
+    pulled = torch.zeros_like(h_s)
+    d_b = block.transposed_times(g)
+    block.pull(g, b, pulled)
+    return through_lengths(pulled, h_s, b, d_b)
 
 
 @pytest.mark.parametrize("kind", ["mean", "sym"])
@@ -51,7 +64,7 @@ def test_block_and_synthetic_kernel_are_blocks_of_the_dense_kernel(graph, hops, 
     p, n = reference.propagation(graph.adjacency, kind), len(h_t)
     whole, truth = reference.joint_ntk(p, h_t, h_s, hops, layers, norms)
     block, _ = block_on_whole_graph(graph, h_t, h_s, hops, layers, kind, norms)
-    torch.testing.assert_close(block, whole[:n, n:], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(block.dense(), whole[:n, n:], rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(synthetic_kernel(h_s, hops, layers), whole[n:, n:], rtol=1e-6, atol=0)
     # the two other forms of the reference, which the gradient tests differentiate, are the same mathematics
     real = [norm[:n] for norm in truth]
@@ -61,6 +74,25 @@ def test_block_and_synthetic_kernel_are_blocks_of_the_dense_kernel(graph, hops, 
     )  # `whole` has half of the digits where rho = 1: arccos is steep there
     torch.testing.assert_close(synthetic_kernel(h_s, hops, layers), exact, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(exact.diagonal(), (1 + hops * layers) * h_s.square().sum(1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("hops", [1, 2, 3])
+def test_block_and_its_gradient_by_hand_are_autograd_of_the_dense_kernel(graph, hops, layers):
+    """K b, K^T g and the derivative of <K b, g>, with nothing but products with narrow matrices."""
+    h_t, h_s = graph.encodings()
+    rng = torch.Generator().manual_seed(hops + 10 * layers)
+    b, g = (torch.randn(n, 3, generator=rng, **FLOAT) for n in (len(h_s), len(h_t)))
+    p = reference.propagation(graph.adjacency, "mean")
+    _, truth = reference.joint_ntk(p, h_t, h_s, hops, layers)
+    leaf = h_s.clone().requires_grad_()
+    k = reference.kernel_ts(p, h_t, leaf, [norm[: len(h_t)] for norm in truth], layers)
+    (expected,) = torch.autograd.grad((k @ b * g).sum(), leaf)
+    block, _ = block_on_whole_graph(graph, h_t, h_s, hops, layers, "mean")
+    torch.testing.assert_close(block.times(b), (k @ b).detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(block.times(torch.stack([b, 2 * b]))[1], 2 * (k @ b).detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(block.transposed_times(g), (k.T @ g).detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient_of(block, h_s, g, b), expected, rtol=1e-8, atol=1e-10)
 
 
 @given(st.floats(-1, 1))
@@ -88,7 +120,7 @@ def test_k0_is_taken_at_rho():
     """
     expected = 0.5 * (2 / 3) + (1 / 3 + math.sqrt(0.75) / math.pi)
     h = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(0.75)]], **FLOAT)
-    block = kernel_block(h[:1], h[1:], [], [torch.ones(1, **FLOAT)])
+    block = KernelBlock(h[:1], h[1:], [], torch.ones(1, **FLOAT)).dense()
     assert float(block) == pytest.approx(expected, abs=1e-12)
     assert float(synthetic_kernel(h, 1)[0, 1]) == pytest.approx(expected, abs=1e-12)
     k1 = expected - 1 / 3
@@ -157,10 +189,8 @@ def test_zero_encodings_give_a_zero_kernel_and_no_nan(graph):
     h_t, h_s = graph.encodings()
     h_t[-1] = 0.0  # isolated: its propagated encoding is zero, too
     h_s[2] = 0.0
-    leaf = h_s.requires_grad_()
-    block, _ = block_on_whole_graph(graph, h_t, leaf, 2, 1, "mean")
-    (gradient,) = torch.autograd.grad(block.sum(), leaf)
-    block = block.detach()
-    assert torch.isfinite(gradient).all()
-    assert float(torch.cat([block[-1], block[:, 2]]).abs().max()) < 1e-12
-    assert float(block[:-1, [0, 1, 3, 4]].abs().min()) > 0.0
+    block, _ = block_on_whole_graph(graph, h_t, h_s, 2, 1, "mean")
+    dense, ones = block.dense(), torch.ones(len(h_t) + len(h_s), 1, **FLOAT)
+    assert torch.isfinite(gradient_of(block, h_s, ones[: len(h_t)], ones[: len(h_s)])).all()
+    assert float(torch.cat([dense[-1], dense[:, 2]]).abs().max()) < 1e-12
+    assert float(dense[:-1, [0, 1, 3, 4]].abs().min()) > 0.0

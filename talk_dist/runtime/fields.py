@@ -1,0 +1,59 @@
+"""What a shard knows of every node, one array a field: in memory, or memory-mapped on disk in half precision."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from talk_dist.errors import ConfigError
+
+READ_ROWS = 1 << 16  # rows that are copied at once
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+class Fields:
+    """Arrays (rows, width) by name. Read them as arrays; write with `blank` and `put`, which says what does not fit.
+
+    With ``disk`` they are float16 files in a folder of their own below ``scratch`` (empty: the system's), gone with
+    this object: the system caches what it has room for, and drops that when memory is wanted elsewhere.
+    """
+
+    def __init__(self, rows: int, disk: bool = False, scratch: str = ""):
+        self.rows = rows
+        self._arrays: dict[str, np.ndarray] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="talk-dist-fields-", dir=scratch or None) if disk else None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def blank(self, name: str, width: int, dtype: np.dtype | type = np.float32) -> None:
+        """A field of zeros in the place of what had this name; on disk it is float16 whatever ``dtype``."""
+        self._arrays.pop(name, None)
+        if self._folder is None:
+            self._arrays[name] = np.zeros((self.rows, width), dtype)
+            return
+        path = Path(self._folder.name) / f"{name}.npy"
+        path.unlink(missing_ok=True)  # whoever still reads the old one keeps it
+        self._arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(self.rows, width))
+
+    def put(self, name: str, rows: slice | np.ndarray, columns: slice, values: np.ndarray) -> None:
+        """Raises ConfigError if a value is beyond what half precision holds."""
+        if self._folder is not None and len(values) and float(np.abs(values).max()) > FLOAT16_MAX:
+            raise ConfigError(
+                f'kernel.fields = "disk": field {name} has the value {np.abs(values).max():.3g}, beyond half precision '
+                f'({FLOAT16_MAX:.0f}); set kernel.fields to "memory"'
+            )
+        self._arrays[name][rows, columns] = values
+
+    def fill(self, name: str, own: np.ndarray) -> None:
+        """A new field whose first rows are ``own`` (n, width), the others zero."""
+        self.blank(name, own.shape[1], own.dtype)
+        for start in range(0, len(own), READ_ROWS):
+            part = own[start : start + READ_ROWS]
+            self.put(name, slice(start, start + len(part)), slice(None), part)
+
+    def share(self, name: str, source: str) -> None:
+        """``name`` is ``source``, until one of them is written anew."""
+        self._arrays[name] = self._arrays[source]
