@@ -169,6 +169,11 @@ def split_graph(
     """The partitions in order, one in memory at a time, each with all nodes within ``halo_hops`` of its own."""
     num_nodes = len(indptr) - 1
     degree = np.diff(indptr)
+    if parts == 1:  # as it is: of a large graph the sorting below would take longest of all, and most memory
+        none, columns = np.zeros(0, np.int64), _narrow(indices, num_nodes)
+        no_halo = none, none.astype(np.int32), none, none.astype(np.int8)
+        yield PartGraph(np.arange(num_nodes), indptr, columns, degree, *no_halo)
+        return
     by_owner = np.argsort(assignment, kind="stable")  # within a part ascending
     bounds = np.searchsorted(assignment[by_owner], np.arange(parts + 1))
     row_of = np.empty(num_nodes, np.int64)
@@ -195,7 +200,7 @@ def split_graph(
         yield PartGraph(
             node=own,
             indptr=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
-            indices=keys % max(len(local), 1),
+            indices=_narrow(keys % max(len(local), 1), len(local)),
             degree=degree[local],
             halo_node=halo,
             halo_owner=assignment[halo].astype(np.int32),
@@ -203,6 +208,11 @@ def split_graph(
             halo_depth=np.repeat(np.arange(1, halo_hops + 1, dtype=np.int8), [len(layer) for layer in layers[1:]]),
         )
         column_of[local] = -1
+
+
+def _narrow(columns: np.ndarray, count: int) -> np.ndarray:
+    """Columns below ``count`` in half the memory, where they fit."""
+    return columns.astype(np.int32) if count <= np.iinfo(np.int32).max else columns
 
 
 def _rows(indptr: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -214,4 +224,6 @@ def _rows(indptr: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> np.ndarr
 
 def edge_cut(indptr: np.ndarray, indices: np.ndarray, assignment: np.ndarray) -> int:
     """Undirected edges whose ends are in different parts."""
+    if not assignment.any():  # one part
+        return 0
     return int((np.repeat(assignment, np.diff(indptr)) != assignment[indices]).sum()) // 2

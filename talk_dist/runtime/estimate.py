@@ -196,9 +196,11 @@ def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, wi
     own, local, entries = part["nodes"], part["nodes"] + part["halo"], part["entries"]
     item = 8 if config.kernel.precision == "float64" else 4
     deeper, before = config.kernel.rounds - 1, config.kernel.hops - config.kernel.rounds
-    return {
+    column = 4 if local < 1 << 31 else 8
+    given = {"encodings": 2 * own * width} if meta.get("encodings") else {}
+    return given | {
         "tokens": 4 * part["tokens"] + 8 * (own + 1),
-        "graph": 8 * entries + 8 * (local + 1) + 8 * local + 21 * part["halo"] + 29 * own,
+        "graph": column * entries + 8 * (local + 1) + 8 * local + 21 * part["halo"] + 29 * own,
         "propagation": 12 * entries + 4 * (local + 1),
         "H": 4 * local * width,
         "Z": item * local * width,

@@ -72,7 +72,8 @@ class Shard:
         self._taught: Tensor | None = None  # (n, C) what the teacher says of own rows
         self._propagation = propagation(part.indptr, part.indices, part.degree, spec.kernel.propagation)
         self._depth = np.concatenate([np.zeros(part.num_own, np.int8), part.halo_depth])
-        self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if spec.cache else None
+        kept = spec.cache and part.encodings is None  # what is given need not be kept
+        self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if kept else None
         self._fields: dict[str, np.ndarray] = {}  # name -> (own + halo, width)
         self._encoded_with: str | None = None
         self._chunks: dict[tuple[str, int, int, int], list[_Chunk]] = {}
@@ -80,7 +81,8 @@ class Shard:
     # -- encoding and halo exchange -----------------------------------------------------------------------
 
     def encode(self, adapters: Adapters, progress: Callable[[int, int], None] | None = None) -> bool:
-        """Encode own texts with these adapters; False if that is what the shard already holds."""
+        """Encode own texts with these adapters, or take the encodings that the nodes bring; False if that is what the
+        shard already holds."""
         version = EncodingCache.version(adapters)
         if version == self._encoded_with:
             return False
@@ -88,6 +90,8 @@ class Shard:
         self.encoder.load_adapters(adapters)
 
         def compute() -> np.ndarray:
+            if self.part.encodings is not None:
+                return self.part.encodings.astype(np.float32)
             return self.encoder.encode_tokens(self.part.tokens, progress)
 
         cacheable = self._cache is not None and not adapters
