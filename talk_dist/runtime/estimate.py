@@ -201,7 +201,7 @@ def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, wi
     return given | {
         "tokens": 4 * part["tokens"] + 8 * (own + 1),
         "graph": column * entries + 8 * (local + 1) + 8 * local + 21 * part["halo"] + 29 * own,
-        "propagation": 12 * entries + 4 * (local + 1),
+        "propagation": 8 * entries + 4 * (local + 1),  # its columns are those of the graph
         "H": 4 * local * width,
         "Z": item * local * width,
         "hops before": item * local * width * before,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from talk_dist.commands.preflight import planned
 from talk_dist.config import DistillConfig, EncoderConfig, InnerConfig, KernelConfig, StudentConfig
 from talk_dist.data import storage
 from talk_dist.data.given import load_encodings
@@ -357,6 +358,19 @@ def test_from_tables_to_a_table_on_the_command_line(told, tmp_path, graph, featu
     assert "has no texts" in err
     out, _ = told("evaluate", run, "--data", data, "--seeds", "1", "--against", "[random]", "--recipe.passes", "9")
     assert "| random | 6 | 96 |" in out
+
+
+def test_the_plan_counts_what_a_shard_of_encodings_holds(given_tags, encoder):
+    config = settings()
+    pool = pool_of(given_tags[3], encoder, config.kernel)
+    plan = planned(given_tags[3], config, None)
+    for shard, counted in zip(pool.shards, plan.shards, strict=True):
+        part = shard.part
+        assert part.encodings is not None
+        assert counted["encodings"] == part.encodings.nbytes
+        assert counted["H"] == 4 * len(part.degree) * WIDTH
+        assert np.shares_memory(shard._propagation.indices, part.indices)
+    assert plan.flop["encode"] == plan.model - 4 * WIDTH == plan.token_table == 0
 
 
 def test_all_settings_that_cannot_be_are_told_at_once(told, given_tags, tmp_path):
