@@ -186,4 +186,4 @@ def test_given_encodings_distil_to_the_bit_of_the_local_run(graph, prepare_graph
         pool.close()
     expected = distill(local_pool(tag, encoder), encoder, small)
     assert found.token_embeds.equal(expected.token_embeds)
-    assert found.metrics["val_accuracy"] == expected.metrics["val_accuracy"] > 0.5
+    assert found.metrics["val_accuracy"] == expected.metrics["val_accuracy"]
