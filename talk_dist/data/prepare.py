@@ -72,7 +72,8 @@ def prepare(
             raise DataError(source.name, problems)
     num_nodes = len(graph.label)
     indptr, indices = symmetrise(graph.src, graph.dst, num_nodes)
-    graph = replace(graph, src=indices[:0], dst=indices[:0])  # they weigh as much as what was made of them
+    none = np.zeros(0, np.int64)
+    graph = replace(graph, src=none, dst=none)  # they weigh as much as what was made of them
     assignment, used, why = partition_nodes(indptr, indices, parts, method)
     counts = class_counts(graph.label, split, len(graph.classes))
     meta: dict[str, Any] = {
