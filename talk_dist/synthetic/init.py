@@ -80,7 +80,8 @@ def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: 
 def choose(pool: ShardPool, sample: TrainSample, counts: np.ndarray, how: str, config: DistillConfig) -> TokenLists:
     """The M texts that the coreset ``how`` chooses. Raises ConfigError if the graph has none."""
     if pool.tag.encoding_width is not None:
-        raise ConfigError(f"{pool.tag.path} brings encodings in place of texts: there are none to choose or to fit")
+        reason = "brings encodings in place of texts: there are none to choose, and no tokens to invert anything into"
+        raise ConfigError(f"{pool.tag.path} {reason}; leave `invert` out")
     return pool.tokens(sample.place[select(sample, counts, how, config.seed)])
 
 
