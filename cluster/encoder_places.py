@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from talk_dist.config import EncoderConfig
+from talk_dist.data.given import given_width
 from talk_dist.errors import ConfigError
 from talk_dist.resources import DeepSpeedConfig
 
@@ -51,6 +52,8 @@ def engine_config(settings: DeepSpeedConfig) -> dict[str, Any]:
 
 def check_settings(config: EncoderConfig, settings: DeepSpeedConfig) -> None:
     """Raises ConfigError for what cannot work, before anything is started."""
+    if given_width(config.name) is not None:
+        raise ConfigError(f"deepspeed.workers: encoder {config.name!r} is no model to be split; set it to 0")
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError('deepspeed.workers needs DeepSpeed; run `pip install "talk-dist[deepspeed]"`')
     if settings.workers < 1:

@@ -11,6 +11,7 @@ from talk_dist.distill import distill as distill
 from talk_dist.evaluate import EvaluateConfig as EvaluateConfig
 from talk_dist.evaluate import evaluate as evaluate
 from talk_dist.models.encoder import TextEncoder as TextEncoder
+from talk_dist.models.given import GivenEncoder as GivenEncoder
 from talk_dist.presets import preset as preset
 from talk_dist.runtime.pool import LocalPool as LocalPool
 from talk_dist.synthetic.artifact import SyntheticTAG as SyntheticTAG

@@ -19,7 +19,8 @@ class EncoderConfig:
     """The language model that turns texts, or synthetic token embeddings, into encodings."""
 
     name: str = "minilm"
-    """`minilm` (installed with this package), a folder, or a Hugging Face name."""
+    """`minilm` (installed with this package), a folder, or a Hugging Face name; `given:WIDTH` for a graph that brings
+    encodings so wide in place of texts."""
     pooling: Literal["auto", "cls", "mean"] = "auto"
     """How token states become one vector; `auto` does what the checkpoint was trained for."""
     adapters: bool = False

@@ -113,15 +113,21 @@ def evaluate(
 def coreset_tag(
     pool: ShardPool, encoder: Encoder, counts: np.ndarray, method: str, seed: int
 ) -> tuple[SyntheticTAG, int]:
-    """Real texts as a TAG of token embeddings with a mask, and the bytes of their token ids (int32)."""
+    """Real texts as a TAG of token embeddings with a mask, and the bytes of their token ids (int32).
+
+    Of a graph that brings encodings: the propagated encodings P^2 H (M, 1, d) of the chosen rows, at float16's bytes.
+    """
     if method not in METHODS:
         raise ConfigError(f"unknown coreset {method!r}; one of {sorted(METHODS)}")
     sample = sample_for(pool, counts, seed)
     rows = select(sample, counts, method, seed)
+    labels = one_hot(sample.label[rows], len(counts))
+    if pool.tag.encoding_width is not None:
+        return SyntheticTAG(torch.from_numpy(sample.features[rows])[:, None], labels), 2 * sample.features[rows].size
     tokens = pool.tokens(sample.place[rows])
     ids, mask = map(torch.from_numpy, tokens.padded(np.arange(len(tokens))))
     embeds = encoder.token_table.cpu()[ids]
-    return SyntheticTAG(embeds, one_hot(sample.label[rows], len(counts)), mask), int(tokens.values.nbytes)
+    return SyntheticTAG(embeds, labels, mask), int(tokens.values.nbytes)
 
 
 def token_set(

@@ -12,6 +12,7 @@ from talk_dist.commands.call import EMBEDDED, Call, api_name, given
 from talk_dist.commands.folder import PREPARED, beside
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage, tables
+from talk_dist.data.given import given_width
 from talk_dist.data.prepare import prepare
 from talk_dist.data.python_api import build_python_api
 from talk_dist.data.tag import PreparedTag
@@ -36,7 +37,8 @@ class Prepare:
 
     nodes: str = ""
     """Node table (Parquet or CSV: node_id, text, label and, if there is one, split), or `python-api`: the
-    documented API of this interpreter's standard library."""
+    documented API of this interpreter's standard library. In Parquet a column `encoding`, lists of floats, may stand
+    in place of `text`: such a graph is distilled with --encoder.name given:WIDTH --synthetic.tokens 1."""
     edges: str = ""
     """Edge table (src, dst); without it the graph has no edges."""
     out: str = ""
@@ -140,7 +142,9 @@ class Inspect:
             print(report.artifact(path, synthetic))
             data = self.data or beside(path, PREPARED)
             if self.nearest > 0 and (self.data or storage.exists(storage.join(data, "META.json"))):
-                print("", report.neighbours(synthetic, self._neighbours(synthetic, path, PreparedTag(data))), sep="\n")
+                tag = PreparedTag(data)
+                if tag.encoding_width is None:  # else there are no texts to show
+                    print("", report.neighbours(synthetic, self._neighbours(synthetic, path, tag)), sep="\n")
         else:
             raise DataError(path, "is neither a prepared graph (no META.json) nor an artifact (no config.json)")
 
@@ -184,7 +188,10 @@ class Export:
         print(f"{out}: read it with Data.from_dict(torch.load({out!r}, weights_only=True))")
 
     def _text(self, synthetic: SyntheticTAG, path: str) -> None:
-        tokenizer, out = load_tokenizer(preflight.distilled_with(synthetic, path).encoder.name), self.out or TEXTS
+        name = preflight.distilled_with(synthetic, path).encoder.name
+        if given_width(name) is not None:
+            raise ConfigError(f"{path}: was distilled from encodings ({name}), and has no texts; leave --format out")
+        tokenizer, out = load_tokenizer(name), self.out or TEXTS
         synthetic.export_text(out, tokenizer)
         assert synthetic.token_ids is not None
         same = sum(map(tokenizer.parses_back, synthetic.token_ids.tolist()))

@@ -8,6 +8,7 @@ from typing import TypeVar
 from talk_dist.commands.folder import ARTIFACT, RunFolder
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
+from talk_dist.data.given import given_name, given_width
 from talk_dist.data.tag import PreparedTag
 from talk_dist.data.tokenizer import load_pretrained
 from talk_dist.errors import CapacityError, ConfigError, DataError, TalkDistError
@@ -17,6 +18,7 @@ from talk_dist.models.protocol import Encoder
 from talk_dist.models.shape import ModelShape
 from talk_dist.runtime import estimate
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
+from talk_dist.synthetic.grid import BITS
 from talk_dist.synthetic.init import class_counts, num_synthetic
 
 T = TypeVar("T")
@@ -66,10 +68,38 @@ def check_tag(tag: PreparedTag, config: DistillConfig, splits: Sequence[str], pr
                     tag.path, f"no labelled node is in the {split} split; give it some and prepare the graph again"
                 )
             )
+    problems.attempt(lambda: check_given(tag, config))
+
+
+def check_given(tag: PreparedTag, config: DistillConfig) -> None:
+    """Raises one ConfigError that lists every setting with which a graph of encodings cannot be distilled."""
+    if tag.encoding_width is None:
+        return
+    encoder, synthetic, name = config.encoder, config.synthetic, given_name(tag.encoding_width)
+    wrong = {
+        "encoder.name": (encoder.name, name, encoder.name != name),
+        "encoder.adapters": (encoder.adapters, False, encoder.adapters),
+        "deepspeed.workers": (config.deepspeed.workers, 0, config.deepspeed.workers > 0),
+        "synthetic.tokens": (synthetic.tokens, 1, synthetic.tokens != 1),
+        "synthetic.discrete": (synthetic.discrete, False, synthetic.discrete),
+        # nothing to settle: an encoding has no numbers to spare that could make good what rounding takes
+        "synthetic.storage": (synthetic.storage, "int8", synthetic.storage in BITS),
+    }
+    found = {key: (value, wanted) for key, (value, wanted, bad) in wrong.items() if bad}
+    if found:
+        there = ", ".join(f"{key} = {value!r}" for key, (value, _) in found.items())
+        remedy = " ".join(f"--{key} {str(wanted).lower()}" for key, (_, wanted) in found.items())
+        raise ConfigError(
+            f"{tag.path} brings encodings {tag.encoding_width} wide in place of texts, so that {there} cannot work; "
+            f"set {remedy}"
+        )
 
 
 def check_encoder(encoder: Encoder, tokens: int, tag: PreparedTag | None, problems: Problems) -> None:
-    """Synthetic nodes must fit the encoder's positions, and its tokenizer must have made the graph's tokens."""
+    """Synthetic nodes must fit the encoder's positions, and its tokenizer must have made the graph's tokens; of a graph
+    that brings encodings, `check_given` says all."""
+    if tag is not None and tag.encoding_width is not None:
+        return
     positions = min(encoder.max_positions, encoder.tokenizer.max_length)
     if tokens > positions:
         name = encoder.config.name
@@ -82,12 +112,19 @@ def check_encoder(encoder: Encoder, tokens: int, tag: PreparedTag | None, proble
 
 def planned(tag: PreparedTag, config: DistillConfig, evaluation: EvaluateConfig | None) -> estimate.Plan:
     """What the run will hold and compute."""
-    from transformers import AutoConfig
-
-    shape = ModelShape.of(load_pretrained(AutoConfig.from_pretrained, config.encoder.name))
+    shape = _shape(config.encoder.name)
     size = num_synthetic(config.synthetic.size, tag.num_nodes)
     on_gpu = config.cluster.gpus > 0 if config.runtime.kind == "ray" else pick_device(config.encoder.device) != "cpu"
     return estimate.plan(tag.meta, config, shape, size, evaluation, on_gpu)
+
+
+def _shape(encoder: str) -> ModelShape:
+    width = given_width(encoder)
+    if width is not None:
+        return ModelShape.given(width)
+    from transformers import AutoConfig
+
+    return ModelShape.of(load_pretrained(AutoConfig.from_pretrained, encoder))
 
 
 def check_memory(tag: PreparedTag, config: DistillConfig, evaluation: EvaluateConfig | None) -> estimate.Plan:

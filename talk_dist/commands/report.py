@@ -32,8 +32,7 @@ def prepared(path: str, meta: dict[str, Any]) -> str:
         ("nodes", f"{meta['num_nodes']:,}, {meta['num_labelled']:,} labelled, {part['isolated']:,} isolated"),
         ("edges", f"{edges:,} undirected"),
         ("splits", f"{sizes} ({how})"),
-        ("texts", f"{text['bytes']:,} bytes, {text['train_bytes']:,} of training nodes; {text['tokens']:,} tokens"),
-        ("tokenizer", f"{made['name']}, cut at {made['max_tokens']} tokens ({made['truncated']:,} texts were longer)"),
+        *_content(text, made, meta.get("encodings")),
         ("parts", f"{part['parts']} ({part['method']}: {part['why']}), {cut}"),
         ("halo", f"{part['halo_ratio']:.2f} of the nodes, {part['halo_hops']} hops"),
     ]
@@ -47,20 +46,31 @@ def prepared(path: str, meta: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def _content(text: dict[str, int], made: dict[str, Any], encodings: dict[str, int] | None) -> list[tuple[str, str]]:
+    """Of a prepared graph: its texts, or the encodings in their place."""
+    size = f"{text['bytes']:,} bytes, {text['train_bytes']:,} of training nodes"
+    if encodings is not None:
+        return [("encodings", f"{encodings['width']} wide, float16, {size}"), ("encoder", made["name"])]
+    cut = f"{made['name']}, cut at {made['max_tokens']} tokens ({made['truncated']:,} texts were longer)"
+    return [("texts", f"{size}; {text['tokens']:,} tokens"), ("tokenizer", cut)]
+
+
 def artifact(path: str, tag: SyntheticTAG) -> str:
     """An artifact: its sizes, what it reached, and the nearest tokens of each synthetic node."""
     c, m = tag.config, tag.metrics
     nodes, tokens, width = tag.token_embeds.shape
-    kind = f"token embeddings ({width} wide)" if tag.token_ids is None else "token ids"
+    kind = f"{tokens} token embeddings ({width} wide)" if tag.token_ids is None else f"{tokens} token ids"
+    if tag.content == "encodings":
+        kind = f"one encoding ({width} wide)"
     labels = tag.labels.argmax(1).tolist()
     text = c.get("text_bytes", {})
-    share = f", {tag.num_bytes() / text['train_bytes']:.1%} of the training texts' bytes" if text else ""
+    share = f", {tag.num_bytes() / text['train_bytes']:.1%} of the training {tag.content}' bytes" if text else ""
     facts = [
         (
             "made from",
             f"{c.get('dataset')}, {c.get('num_real_nodes', 0):,} nodes, hash {c.get('dataset_hash', '')[:16]}",
         ),
-        ("size", f"{nodes} nodes of {tokens} {kind}"),
+        ("size", f"{nodes} nodes of {kind}"),
         ("bytes", f"{tag.num_bytes():,} as {tag.stored_as}{share}"),
         ("encoder", f"{c.get('encoder', {}).get('name')}, {c.get('encoder', {}).get('pooling')} pooling"),
         ("validation", f"accuracy {m['val_accuracy']:.4f} while distilling" if "val_accuracy" in m else "not measured"),
@@ -133,7 +143,7 @@ def summary(rows: Sequence[Row], tag: SyntheticTAG, config: EvaluateConfig, adap
     row, real = rows[0], tag.config.get("num_real_nodes")
     text = tag.config.get("text_bytes", {}).get("train_bytes")
     inside = [f"{row.nodes / real:.1%} of {real:,}"] if real else []
-    inside += [f"{row.bytes:,} bytes" + (f", {row.bytes / text:.1%} of the training texts" if text else "")]
+    inside += [f"{row.bytes:,} bytes" + (f", {row.bytes / text:.1%} of the training {tag.content}" if text else "")]
     encoder = "an encoder with LoRA adapters" if adapters else "the frozen encoder"
     line = f"{config.student.kind.upper()} students on {encoder}, trained on {row.nodes} synthetic nodes "
     line += f"({'; '.join(inside)}), "

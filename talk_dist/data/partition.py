@@ -33,13 +33,17 @@ def symmetrise(src: np.ndarray, dst: np.ndarray, num_nodes: int) -> tuple[np.nda
     """CSR ``(indptr (N + 1,), indices (2E + N,))``, int64, of the undirected graph with one self-loop a node.
 
     Repeats, directions and self-loops of the input do not matter. Columns ascend within a row. Peak memory is
-    about 64 bytes for each edge of the input, with the output but without the input.
+    about 56 bytes for each edge of the input, with the output but without the input.
     """
     low, high = np.minimum(src, dst), np.maximum(src, dst)
-    keys = (low * num_nodes + high)[low != high]
-    del low, high
+    proper = low != high
+    low *= num_nodes
+    low += high
+    keys = low[proper]
+    del low, high, proper
     keys = _sorted_unique(keys)
     low, high = np.divmod(keys, max(num_nodes, 1))
+    del keys
     below, above = np.bincount(high, minlength=num_nodes), np.bincount(low, minlength=num_nodes)
     indptr = np.zeros(num_nodes + 1, np.int64)
     np.cumsum(below + above + 1, out=indptr[1:])
@@ -47,13 +51,22 @@ def symmetrise(src: np.ndarray, dst: np.ndarray, num_nodes: int) -> tuple[np.nda
     # row i: its smaller neighbours, i itself, its larger neighbours
     indices[indptr[:-1] + below] = np.arange(num_nodes)
     begin = np.cumsum(above) - above  # of the run of i among keys sorted by (low, high)
-    indices[np.arange(len(keys)) + (indptr[:-1] + below + 1 - begin)[low]] = high
-    turned = np.sort(high * num_nodes + low)
-    del keys, low, high
+    _place(indices, (indptr[:-1] + below + 1 - begin)[low], high)
+    turned = high * num_nodes
+    turned += low
+    del low, high
+    turned.sort()
     high, low = np.divmod(turned, max(num_nodes, 1))
+    del turned
     begin = np.cumsum(below) - below
-    indices[np.arange(len(turned)) + (indptr[:-1] - begin)[high]] = low
+    _place(indices, (indptr[:-1] - begin)[high], low)
     return indptr, indices
+
+
+def _place(indices: np.ndarray, shift: np.ndarray, values: np.ndarray) -> None:
+    """Entry i of ``values`` goes to i + shift[i]; ``shift`` is used up."""
+    shift += np.arange(len(shift))
+    indices[shift] = values
 
 
 def _sorted_unique(keys: np.ndarray) -> np.ndarray:
@@ -169,6 +182,11 @@ def split_graph(
     """The partitions in order, one in memory at a time, each with all nodes within ``halo_hops`` of its own."""
     num_nodes = len(indptr) - 1
     degree = np.diff(indptr)
+    if parts == 1:  # as it is: of a large graph the sorting below would take longest of all, and most memory
+        none, columns = np.zeros(0, np.int64), _narrow(indices, num_nodes)
+        no_halo = none, none.astype(np.int32), none, none.astype(np.int8)
+        yield PartGraph(np.arange(num_nodes), indptr, columns, degree, *no_halo)
+        return
     by_owner = np.argsort(assignment, kind="stable")  # within a part ascending
     bounds = np.searchsorted(assignment[by_owner], np.arange(parts + 1))
     row_of = np.empty(num_nodes, np.int64)
@@ -195,7 +213,7 @@ def split_graph(
         yield PartGraph(
             node=own,
             indptr=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
-            indices=keys % max(len(local), 1),
+            indices=_narrow(keys % max(len(local), 1), len(local)),
             degree=degree[local],
             halo_node=halo,
             halo_owner=assignment[halo].astype(np.int32),
@@ -203,6 +221,11 @@ def split_graph(
             halo_depth=np.repeat(np.arange(1, halo_hops + 1, dtype=np.int8), [len(layer) for layer in layers[1:]]),
         )
         column_of[local] = -1
+
+
+def _narrow(columns: np.ndarray, count: int) -> np.ndarray:
+    """Columns below ``count`` in half the memory, where they fit."""
+    return columns.astype(np.int32) if count <= np.iinfo(np.int32).max else columns
 
 
 def _rows(indptr: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -214,4 +237,6 @@ def _rows(indptr: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> np.ndarr
 
 def edge_cut(indptr: np.ndarray, indices: np.ndarray, assignment: np.ndarray) -> int:
     """Undirected edges whose ends are in different parts."""
+    if not assignment.any():  # one part
+        return 0
     return int((np.repeat(assignment, np.diff(indptr)) != assignment[indices]).sum()) // 2

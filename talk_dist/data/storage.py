@@ -7,6 +7,7 @@ one rename (or, where a store has no rename, the marker file that is copied last
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -40,6 +41,21 @@ def join(uri: str | os.PathLike[str], *names: str) -> str:
 def exists(uri: str | os.PathLike[str]) -> bool:
     filesystem, path = resolve(uri)
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+
+
+def local_path(uri: str | os.PathLike[str]) -> str | None:
+    """Where ``uri`` lies on this machine; None on another file system."""
+    filesystem, path = resolve(uri)
+    return path if isinstance(filesystem, pafs.LocalFileSystem) else None
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """sha256 hex of a local file, read a piece at a time. Raises DataError if it is missing."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise DataError(os.fspath(path), "no such file") from error
 
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:

@@ -1,7 +1,8 @@
 """Node and edge tables, read as streams: Parquet and CSV on any ``pyarrow.fs`` path, PyG, OGB, tables in memory.
 
-A node table has the columns ``node_id``, ``text``, ``label`` and, optionally, ``split`` and ``label_name``;
-an edge table has ``src`` and ``dst``. Nothing is checked here beyond what it takes to read: see validate.py.
+A node table has the columns ``node_id``, ``text`` (or ``encoding``), ``label`` and, optionally, ``split`` and
+``label_name``; an edge table has ``src`` and ``dst``. Nothing is checked here beyond what it takes to read: see
+validate.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from talk_dist.data.splits import overlap_problems, split_column
 from talk_dist.data.tag import SPLITS
 from talk_dist.errors import DataError
 
-NODE_COLUMNS = ("node_id", "text", "label", "label_name", "split")
+NODE_COLUMNS = ("node_id", "text", "encoding", "label", "label_name", "split")
 EDGE_COLUMNS = ("src", "dst")
 BATCH_ROWS = 8192
 CSV_BLOCK = 8 << 20  # bytes; one row must fit

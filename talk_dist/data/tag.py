@@ -6,6 +6,8 @@ Layout of a prepared TAG (all ids below are row numbers 0..N-1 of the node table
     part-00000/nodes.parquet      node int64, node_id (as the user wrote it), tokens list<int32> (unpadded,
                                   special tokens included), label int32 (-1 = none), split int8
     part-00000/graph.safetensors  indptr, indices, degree, halo_node, halo_owner, halo_row, halo_depth
+    part-00000/encodings.npy      (own nodes, d) float16: of a graph that brings encodings in place of texts,
+                                  whose token lists are empty; META.json then has encodings.width
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import load_file as load_safetensors_file
 
 from talk_dist.data import storage
+from talk_dist.data.given import ENCODINGS, given_width, load_encodings
 from talk_dist.errors import DataError
 
 FORMAT = 1
@@ -49,10 +53,10 @@ class TokenLists:
         return TokenLists(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
 
     def take(self, rows: np.ndarray) -> TokenLists:
-        lists = [self[i] for i in rows]
-        lengths = np.array([len(item) for item in lists], dtype=np.int64)
-        values = np.concatenate(lists) if lists else np.zeros(0, np.int32)
-        return TokenLists(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), values)
+        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return TokenLists(offsets, self.values[places])
 
     def padded(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask, both (len(rows), longest) int64: token ids with zeros after the end, 1 where a token is."""
@@ -89,12 +93,13 @@ class Partition:
     label: np.ndarray  # (n,) int32, -1 = unlabelled
     split: np.ndarray  # (n,) int8, index into SPLITS or -1
     indptr: np.ndarray  # (rows + 1,) int64, rows >= n
-    indices: np.ndarray  # (entries,) int64, local columns, ascending within a row
+    indices: np.ndarray  # (entries,) int32 where all local columns fit, else int64; ascending within a row
     degree: np.ndarray  # (n + h,) int64, self-loop counted
     halo_node: np.ndarray  # (h,) int64
     halo_owner: np.ndarray  # (h,) int32, partition that owns it
     halo_row: np.ndarray  # (h,) int64, its row in the owner
     halo_depth: np.ndarray  # (h,) int8
+    encodings: np.ndarray | None = None  # (n, d) float16, read-only, a map of the file where that is local
 
     @property
     def num_own(self) -> int:
@@ -147,6 +152,12 @@ class PreparedTag:
     def classes(self) -> list[str]:
         return list(self.meta["classes"])
 
+    @property
+    def encoding_width(self) -> int | None:
+        """d, if the nodes bring encodings (d,) in place of texts."""
+        given = self.meta.get("encodings")
+        return int(given["width"]) if given else None
+
     @cached_property
     def train_class_counts(self) -> np.ndarray:
         """(C,) number of training nodes of each class."""
@@ -154,8 +165,14 @@ class PreparedTag:
 
     def check_tokenizer(self, name: str, fingerprint: str) -> None:
         """Raises DataError unless the texts were tokenised by the tokenizer that has ``fingerprint``."""
-        made = self.meta["tokenizer"]
+        made, width = self.meta["tokenizer"], self.encoding_width
         if made["fingerprint"] != fingerprint:
+            if width is not None:
+                remedy = f"set --encoder.name {made['name']} --synthetic.tokens 1"
+                raise DataError(self.path, f"brings encodings {width} wide, no texts for encoder {name!r}; {remedy}")
+            if given_width(name) is not None:
+                remedy = f"set --encoder.name {made['name']}"
+                raise DataError(self.path, f"has texts, no encodings as encoder {name!r} takes them; {remedy}")
             raise DataError(
                 self.path,
                 f"was tokenised for encoder {made['name']!r} (tokenizer {made['fingerprint'][:12]}), but encoder "
@@ -164,10 +181,11 @@ class PreparedTag:
 
     def partition(self, index: int) -> Partition:
         """Load partition ``index``. Raises DataError if a file changed since `prepare`."""
-        files = {name: self._read(index, name) for name in ("nodes.parquet", "graph.safetensors")}
-        table = pq.read_table(pa.BufferReader(files["nodes.parquet"]))
+        files = {name: self._verified(index, name) for name in self.meta["parts"][index]["files"]}
+        nodes, edges = files["nodes.parquet"], files["graph.safetensors"]
+        table = pq.ParquetFile(nodes if isinstance(nodes, str) else pa.BufferReader(nodes)).read()
         try:
-            graph = load_safetensors(files["graph.safetensors"])
+            graph = load_safetensors_file(edges) if isinstance(edges, str) else load_safetensors(edges)
         except SafetensorError as error:
             raise DataError(self.path, f"part {index}: graph.safetensors cannot be read ({error})") from error
         column = {name: table.column(name) for name in table.column_names}
@@ -179,11 +197,15 @@ class PreparedTag:
             label=column["label"].to_numpy(),
             split=column["split"].to_numpy(),
             **graph,
+            encodings=load_encodings(files[ENCODINGS]) if ENCODINGS in files else None,
         )
 
-    def _read(self, index: int, name: str) -> bytes:
+    def _verified(self, index: int, name: str) -> str | bytes:
+        """Where a file of a partition lies on this machine, or its content from elsewhere: as `prepare` made it."""
         relative = f"part-{index:05d}/{name}"
-        data = storage.read_bytes(storage.join(self.path, relative))
-        if hashlib.sha256(data).hexdigest() != self.meta["parts"][index]["files"][name]["sha256"]:
+        uri = storage.join(self.path, relative)
+        found = storage.local_path(uri) or storage.read_bytes(uri)
+        digest = storage.file_hash(found) if isinstance(found, str) else hashlib.sha256(found).hexdigest()
+        if digest != self.meta["parts"][index]["files"][name]["sha256"]:
             raise DataError(self.path, f"{relative} changed since it was prepared; prepare the graph again")
-        return data
+        return found

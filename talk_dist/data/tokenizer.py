@@ -18,6 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
+from talk_dist.data.given import given_width
 from talk_dist.data.tag import TokenLists
 from talk_dist.errors import ConfigError
 
@@ -193,8 +194,39 @@ class Tokenizer:
         return text if text.strip() and "\ufffd" not in text else str(raw)
 
 
+class NoTokenizer(Tokenizer):
+    """Of the encoder of given encodings: it has a name and one position, and refuses whatever would be read."""
+
+    def __init__(self, name: str):
+        super().__init__(name, 1, "right", None)
+
+    @property
+    def fingerprint(self) -> str:
+        """The name, which holds all that there is to match."""
+        return self.name
+
+    @property
+    def min_tokens(self) -> int:
+        return 1
+
+    def encode_and_count(self, texts: Sequence[str], max_tokens: int) -> tuple[TokenLists, int]:
+        """Raises ConfigError."""
+        raise ConfigError(
+            f"encoder {self.name!r} reads no texts: it stands for the column `encoding` of a node table; give such a "
+            "table, or name a language model"
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Raises ConfigError."""
+        raise ConfigError(f"encoder {self.name!r} has no tokens: nothing can be read as text")
+
+    decode_token = decode  # type: ignore[assignment]
+
+
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of encoder ``name``. Raises ConfigError if it does not load or has no fast implementation."""
+    if given_width(name) is not None:
+        return NoTokenizer(name)
     import tokenizers
     from transformers import AutoTokenizer
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from talk_dist.data import given
+from talk_dist.data.columns import WHOLE_NUMBER, is_text, missing_columns, plain
+from talk_dist.data.edges import read_edges
 from talk_dist.data.splits import absent_problems, read_split, show
-from talk_dist.data.tables import EDGE_COLUMNS, NODE_COLUMNS, Source, Table
+from talk_dist.data.tables import NODE_COLUMNS, Source, Table
 from talk_dist.errors import DataError
 
 REQUIRED = ("node_id", "text", "label")
-WHOLE_NUMBER = r"^(0|-?[1-9][0-9]{0,17})$"  # at most 18 digits: it fits int64
+NEEDED = f"node_id, text (or {given.COLUMN}, in Parquet), label"
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,12 @@ class CheckedGraph:
     split: np.ndarray | None  # (N,) int8, what the split column says; None: there is none, it is blank or unwanted
     src: np.ndarray  # (E,) int64 node rows, as listed: directed, with repeats and self-loops
     dst: np.ndarray  # (E,) int64
-    text_bytes: int  # UTF-8
+    text_bytes: int  # UTF-8; of encodings in place of texts, what they take as float16
+    width: int | None = None  # of these encodings
 
 
 def validate(source: Source, use_split_column: bool = True) -> CheckedGraph:
-    """Read both tables once, holding ids, labels and edges but never the texts.
+    """Read both tables once, holding ids, labels and edges but never the texts, or the encodings in their place.
 
     Raises one DataError that lists every problem, each with its file, column, count, first offending values and remedy.
     """
@@ -42,9 +45,10 @@ def validate(source: Source, use_split_column: bool = True) -> CheckedGraph:
     complete = scan.read(problems)
     node_id = scan.node_ids(problems) if complete and "node_id" not in scan.broken else None
     scan.tell_blank_texts(node_id, problems)
+    scan.tell_encodings(node_id, problems)
     label, classes = scan.labels(problems) if "label" not in scan.broken else (np.zeros(0, np.int32), [])
     split = scan.splits(problems) if "split" not in scan.broken else None
-    src, dst = _read_edges(source.edges, node_id, problems)
+    src, dst = read_edges(source.edges, node_id, problems)
     where = f"{source.nodes.where}, column"
     if complete and "label" not in scan.broken:
         if not classes:
@@ -55,7 +59,14 @@ def validate(source: Source, use_split_column: bool = True) -> CheckedGraph:
             )
     if problems or node_id is None:
         raise DataError(source.name, problems)
-    return CheckedGraph(node_id, label, classes, split, src, dst, scan.text_bytes)
+    width = scan.encodings.width
+    size = scan.text_bytes if width is None else 2 * width * scan.rows
+    return CheckedGraph(node_id, label, classes, split, src, dst, size, width)
+
+
+def brings_encodings(columns: Sequence[str]) -> bool:
+    """Whether a node table with these columns has encodings in place of texts."""
+    return given.COLUMN in columns and "text" not in columns
 
 
 @dataclass
@@ -68,6 +79,7 @@ class _NodeScan:
     text_bytes: int = 0
     ids: list[pa.Array] = field(default_factory=list)
     blank_texts: list[np.ndarray] = field(default_factory=list)  # row numbers
+    encodings: given.EncodingScan = field(default_factory=given.EncodingScan)
     codes: list[np.ndarray] = field(default_factory=list)  # labels: the integer, or the index into names
     names: dict[str, int] = field(default_factory=dict)  # labels that are strings
     label_kinds: set[str] = field(default_factory=set)
@@ -81,9 +93,12 @@ class _NodeScan:
         where = self.table.where
         try:
             present = self.table.columns()
-            missing = _missing(where, present, REQUIRED, problems)
+            content = given.COLUMN if brings_encodings(present) else "text"
+            required = [content if name == "text" else name for name in REQUIRED]
+            missing = missing_columns(where, present, required, problems, NEEDED)
             self.broken.update(dict.fromkeys(missing, "missing"))
-            wanted = [name for name in NODE_COLUMNS if name in present and (name != "split" or self.use_split)]
+            unread = {"text", given.COLUMN, "split"} - {content, "split" if self.use_split else content}
+            wanted = [name for name in NODE_COLUMNS if name in present and name not in unread]
             for batch in self.table.batches(wanted) if wanted else ():
                 self._add(batch)
         except DataError as error:
@@ -99,6 +114,7 @@ class _NodeScan:
         takers = {
             "node_id": self._add_ids,
             "text": self._add_texts,
+            given.COLUMN: lambda column: self.encodings.add(column, self.rows),
             "label": self._add_labels,
             "split": self._add_splits,
         }
@@ -174,7 +190,7 @@ class _NodeScan:
         node_id = pa.concat_arrays(self.ids)
         if self.table.untyped and pc.all(pc.match_substring_regex(node_id, WHOLE_NUMBER)).as_py():
             node_id = node_id.cast(pa.int64())
-        if pc.count_distinct(node_id).as_py() < len(node_id):
+        if _repeats(node_id):
             counts = pc.value_counts(node_id)
             repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
             what = f"{len(repeated)} ids are on several rows ({show(repeated[:6].to_pylist())})"
@@ -184,10 +200,12 @@ class _NodeScan:
     def tell_blank_texts(self, node_id: pa.Array | None, problems: list[str]) -> None:
         rows = np.concatenate(self.blank_texts) if self.blank_texts else np.zeros(0, np.int64)
         if len(rows):
-            ids = None if node_id is None else node_id.take(pa.array(rows[:6])).to_pylist()
-            which = f"rows {show(rows.tolist())}" if ids is None else f"node_id {show(ids)}"
-            what = f"{len(rows)} texts are empty or null ({which})"
+            what = f"{len(rows)} texts are empty or null ({_named(node_id, rows.tolist())})"
             problems.append(f"{self.table.where}, column text: {what}; write a text or drop the node")
+
+    def tell_encodings(self, node_id: pa.Array | None, problems: list[str]) -> None:
+        where = f"{self.table.where}, column {given.COLUMN}"
+        problems += self.encodings.problems(where, lambda rows: _named(node_id, rows))
 
     def labels(self, problems: list[str]) -> tuple[np.ndarray, list[str]]:
         """(N,) int32 indices into the class names: integers in numeric order, strings sorted."""
@@ -232,65 +250,16 @@ class _NodeScan:
         return split if (split >= 0).any() else None
 
 
-def _read_edges(table: Table | None, node_id: pa.Array | None, problems: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends of every edge as node rows; without ``node_id`` only the presence of the columns is checked."""
-    rows = {name: np.zeros(0, np.int64) for name in EDGE_COLUMNS}
-    lost: dict[str, Counter[Any]] = {name: Counter() for name in EDGE_COLUMNS}
-    if table is None:
-        return rows["src"], rows["dst"]
-    places = {name: f"{table.where}, column {name}" for name in EDGE_COLUMNS}
-    try:
-        absent = _missing(table.where, table.columns(), EDGE_COLUMNS, problems)
-        batches = [] if absent or node_id is None else list(table.batches(EDGE_COLUMNS))
-        for name, where in places.items():
-            chunks = [plain(batch.column(name)) for batch in batches if batch.num_rows]
-            if len({chunk.type for chunk in chunks}) > 1:
-                raise DataError(where, "has another type in another file; make all alike")
-            if chunks:
-                rows[name] = _find(pa.chunked_array(chunks), node_id, table.untyped, where, lost[name])
-    except DataError as error:
-        problems.extend(f"{error.where}: {problem}" for problem in error.problems)
-    for name, values in lost.items():
-        if values:
-            what = f"{values.total()} edges end at {len(values)} ids that no node has ({show(values)})"
-            problems.append(f"{places[name]}: {what}; add these nodes or drop the edges")
-    return rows["src"], rows["dst"]
+def _repeats(node_id: pa.Array) -> bool:
+    """Whether an id is there twice. Numbers are sorted, in a tenth of the memory and time of a table of them."""
+    if pa.types.is_integer(node_id.type):
+        ids = np.sort(node_id.to_numpy())
+        return bool((ids[1:] == ids[:-1]).any())
+    return bool(pc.count_distinct(node_id).as_py() < len(node_id))
 
 
-def _missing(where: str, present: list[str], required: Sequence[str], problems: list[str]) -> list[str]:
-    """The required columns that a table lacks."""
-    missing = [name for name in required if name not in present]
-    if missing:
-        what = f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (it has {show(present, 12)})"
-        problems.append(f"{where}: {what}; add or rename, {', '.join(required)} are required")
-    return missing
-
-
-def _find(column: pa.ChunkedArray, node_id: pa.Array, untyped: bool, where: str, lost: Counter[Any]) -> np.ndarray:
-    """Node rows of ``column``, ids that no node has counted in ``lost``. Raises DataError for ids of another type."""
-    if untyped and pa.types.is_integer(node_id.type):
-        wanted = pc.if_else(pc.match_substring_regex(column, WHOLE_NUMBER), column, None).cast(pa.int64())
-    elif is_text(column.type) if is_text(node_id.type) else pa.types.is_integer(column.type):
-        try:
-            wanted = column.cast(node_id.type)
-        except pa.ArrowInvalid as error:  # unsigned and beyond int64
-            raise DataError(where, f"has ids that no node can have ({error}); use signed 64-bit integers") from error
-    else:
-        raise DataError(where, f"is {column.type}, but node_id is {node_id.type}; make both integers or both strings")
-    if pa.types.is_integer(node_id.type) and np.array_equal(node_id.to_numpy(), np.arange(len(node_id))):
-        inside = pc.and_(pc.greater_equal(wanted, 0), pc.less(wanted, len(node_id)))
-        found = pc.if_else(inside, wanted, None)  # the ids are the rows: no table of ids to build
-    else:
-        found = pc.index_in(wanted, value_set=node_id)
-    if found.null_count:
-        lost.update(column.filter(pc.is_null(found)).to_pylist())
-    return found.drop_null().to_numpy().astype(np.int64)
-
-
-def plain(column: pa.Array) -> pa.Array:
-    """The column without dictionary encoding (pandas categories)."""
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-
-
-def is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+def _named(node_id: pa.Array | None, rows: Sequence[int]) -> str:
+    """Nodes by their ids, or by their rows where these are unknown."""
+    if node_id is None:
+        return f"rows {show(rows)}"
+    return f"node_id {show(node_id.take(pa.array(rows[:6])).to_pylist())}"

@@ -18,18 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from talk_dist.config import EncoderConfig, InnerConfig
+from talk_dist.data.given import given_width
 from talk_dist.data.tag import TokenLists
 from talk_dist.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer, quiet, resolve_checkpoint
 from talk_dist.errors import ConfigError
 from talk_dist.models.device import bfloat16, give_back_memory, pick_device
+from talk_dist.models.given import GivenEncoder
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_adapters, fit_encodings
-from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
+from talk_dist.models.protocol import Adapters, Encoder, FitResult, Progress, Select
 
 # What transformers calls query, key and value projections in the usual architectures.
 ATTENTION_NAMES = {"query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "Wqkv", "c_attn"}
 ATTENTION_NAMES |= {"q", "k", "v", "query_proj", "key_proj", "value_proj"}
-
 
 TRIM_EVERY = 4  # batches
 
@@ -239,8 +240,10 @@ class TextEncoder:
                     module.eval()
 
 
-def load_encoder(config: EncoderConfig) -> TextEncoder:
-    """The encoder, loaded quietly."""
+def load_encoder(config: EncoderConfig) -> Encoder:
+    """The encoder that the name means, loaded quietly."""
+    if given_width(config.name) is not None:
+        return GivenEncoder(config)
     quiet()
     load_tokenizer(config.name)  # says at once what is wrong with a name; the model's loader asks the hub for a minute
     return TextEncoder(config)

@@ -31,7 +31,10 @@ class FitResult:
 
 
 class Encoder(Protocol):
-    """`TextEncoder` is the tested truth; what spreads the work must agree with it within stated tolerances."""
+    """`TextEncoder` is the tested truth; what spreads the work must agree with it within stated tolerances.
+
+    `GivenEncoder` stands for none at all: the synthetic nodes are encodings themselves.
+    """
 
     config: EncoderConfig
     device: torch.device

@@ -30,6 +30,11 @@ class ModelShape:
             int(getattr(config, "max_position_embeddings", 512)),
         )
 
+    @staticmethod
+    def given(width: int) -> ModelShape:
+        """Of no model at all: encodings so wide are given."""
+        return ModelShape(width, layers=0, inner=0, heads=0, vocabulary=0, positions=1)
+
     @property
     def block_parameters(self) -> int:
         return self.layers * (4 * self.width**2 + 2 * self.width * self.inner)
@@ -45,4 +50,4 @@ class ModelShape:
     def activations(self, texts: float, length: float, kept: bool) -> int:
         """Bytes that live while so many texts pass; ``kept`` for a backward pass, of all layers."""
         per_layer = texts * length * (10 * self.width + 2 * self.inner + self.heads * length) * 4
-        return int(per_layer * (self.layers if kept else 1))
+        return int(per_layer * (self.layers if kept else min(1, self.layers)))

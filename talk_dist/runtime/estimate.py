@@ -201,10 +201,12 @@ def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, wi
     own, local, entries = part["nodes"], part["nodes"] + part["halo"], part["entries"]
     kernel, item = config.kernel, 8 if config.kernel.precision == "float64" else 4
     alone, here = kernel.rounds == 1, local if kernel.fields == "memory" else 0
-    return {
+    column = 4 if local < 1 << 31 else 8
+    given = {"encodings": 2 * own * width if here else 0} if meta.get("encodings") else {}
+    return given | {
         "tokens": 4 * part["tokens"] + 8 * (own + 1),
-        "graph": 8 * entries + 8 * (local + 1) + 8 * local + 21 * part["halo"] + 29 * own,
-        "propagation": 0 if alone else 12 * entries + 4 * (local + 1),
+        "graph": column * entries + 8 * (local + 1) + 8 * local + 21 * part["halo"] + 29 * own,
+        "propagation": 0 if alone else 8 * entries + 4 * (local + 1),  # its columns are those of the graph
         "H": 4 * here * width,
         "Z": item * here * width,
         "hops before": item * here * width * (kernel.hops - kernel.rounds),

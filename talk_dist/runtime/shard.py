@@ -17,7 +17,7 @@ from torch import Tensor
 
 from talk_dist.config import KernelConfig
 from talk_dist.data.splits import hash_ids
-from talk_dist.data.tag import PreparedTag, TokenLists
+from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import ConfigError
 from talk_dist.kernel.krr import loss_sums
 from talk_dist.kernel.sntk import (
@@ -73,37 +73,43 @@ class Shard:
         self.device = encoder.device
         self._taught: Tensor | None = None  # (n, C) what the teacher says of own rows
         self._depth = np.concatenate([np.zeros(part.num_own, np.int8), part.halo_depth])
-        self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if spec.cache else None
+        kept = spec.cache and part.encodings is None  # what is given need not be kept
+        self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if kept else None
         self._fields = Fields(len(self._depth), spec.kernel.fields == "disk", spec.scratch)
         self._encoded_with: str | None = None
 
     # -- encoding and halo exchange -----------------------------------------------------------------------
 
     def encode(self, adapters: Adapters, progress: Callable[[int, int], None] | None = None) -> bool:
-        """Encode own texts with these adapters; False if that is what the shard already holds."""
+        """Encode own texts with these adapters, or take the encodings that the nodes bring; False if that is what the
+        shard already holds."""
         version = EncodingCache.version(adapters)
         if version == self._encoded_with:
             return False
         self._taught = self._encoded_with = None
         self.encoder.load_adapters(adapters)
-        total = self.part.num_own
-        for start in range(0, total, ENCODED_ROWS):
-            texts = self.part.tokens.slice(start, start + ENCODED_ROWS)
-
-            def tell(done: int, _: int, before: int = start) -> None:
-                if progress:
-                    progress(before + done, total)
-
-            def compute(texts: TokenLists = texts, tell: Callable[[int, int], None] = tell) -> np.ndarray:
-                return self.encoder.encode_tokens(texts, tell)
-
-            cacheable = self._cache is not None and not adapters
-            own = self._cache.get(self.encoder, start, compute) if cacheable and self._cache else compute()
+        for start in range(0, self.part.num_own, ENCODED_ROWS):
+            own = self._encoded(start, adapters, progress)
             if not start:
                 self._fields.blank("H", own.shape[1], own.dtype)
             self._fields.put("H", slice(start, start + len(own)), slice(None), own)
         self._encoded_with = version
         return True
+
+    def _encoded(self, start: int, adapters: Adapters, progress: Callable[[int, int], None] | None) -> np.ndarray:
+        """Encodings of the stretch of own nodes that begins with ``start``."""
+        stop = start + ENCODED_ROWS
+        if self.part.encodings is not None:
+            return self.part.encodings[start:stop].astype(np.float32)
+
+        def tell(done: int, _: int) -> None:
+            if progress:
+                progress(start + done, self.part.num_own)
+
+        def compute() -> np.ndarray:
+            return self.encoder.encode_tokens(self.part.tokens.slice(start, stop), tell)
+
+        return compute() if adapters or self._cache is None else self._cache.get(self.encoder, start, compute)
 
     def requests(self, depth: int) -> list[tuple[int, np.ndarray]]:
         """(owner, rows in the owner) of the halo nodes up to ``depth``, in the order `receive` expects."""

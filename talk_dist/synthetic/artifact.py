@@ -19,6 +19,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from talk_dist.data import storage
+from talk_dist.data.given import given_width
 from talk_dist.errors import DataError
 from talk_dist.synthetic import grid
 
@@ -52,6 +53,11 @@ class SyntheticTAG:
     @property
     def classes(self) -> list[str]:
         return list(self.config.get("classes") or map(str, range(self.labels.shape[1])))
+
+    @property
+    def content(self) -> str:
+        """What the real nodes had: texts, or encodings in their place."""
+        return "texts" if given_width(str(self.config.get("encoder", {}).get("name"))) is None else "encodings"
 
     @property
     def stored_as(self) -> str:

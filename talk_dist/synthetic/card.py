@@ -15,9 +15,12 @@ def card(tag: SyntheticTAG) -> str:
     real = c.get("num_real_nodes")
     share = f" ({nodes / real:.2%} of {real:,})" if real else ""
     text = c.get("text_bytes", {})
-    against = f", {tag.num_bytes() / text['train_bytes']:.1%} of the training texts' bytes" if text else ""
+    against = f", {tag.num_bytes() / text['train_bytes']:.1%} of the training {tag.content}' bytes" if text else ""
     encoder = c.get("encoder", {})
     what = "learned token embeddings" if tag.token_ids is None else "texts made of the encoder's own tokens"
+    each = f", {tokens} tokens each"
+    if tag.content == "encodings":
+        what, each = "learned encodings, as the real nodes had them in place of texts", ""
     lines = [
         "---",
         "tags: [text-attributed-graph, dataset-distillation, talk]",
@@ -29,7 +32,7 @@ def card(tag: SyntheticTAG) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        f"| nodes | {nodes}{share}, {tokens} tokens each |",
+        f"| nodes | {nodes}{share}{each} |",
         f"| bytes | {tag.num_bytes():,} ({tag.stored_as}{against}) |",
         f"| classes | {_cell(', '.join(tag.classes))} |",
         f"| encoder | {encoder.get('name')}, {encoder.get('pooling')} pooling, width {encoder.get('width')} |",

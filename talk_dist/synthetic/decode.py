@@ -35,7 +35,9 @@ def exact_tokens(x_s: Tensor, table: Tensor) -> Tensor:
 
 
 def readings(tag: SyntheticTAG, encoder: Encoder) -> list[str]:
-    """One line a synthetic node: the nearest tokens of its embeddings, in order."""
+    """One line a synthetic node: the nearest tokens of its embeddings, in order; none if the encoder has no tokens."""
+    if not len(encoder.token_table):
+        return []
     ids = nearest_tokens(tag.token_embeds, encoder.token_table) if tag.token_ids is None else tag.token_ids
     mask = torch.ones_like(ids) if tag.mask is None else tag.mask
     return [

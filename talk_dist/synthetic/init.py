@@ -14,6 +14,7 @@ from torch import Tensor
 
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
+from talk_dist.errors import ConfigError
 from talk_dist.models.gnn import Student, self_loops
 from talk_dist.models.inner import fit_encodings, one_hot
 from talk_dist.models.protocol import Encoder, Report
@@ -52,22 +53,35 @@ def one_hot_labels(counts: np.ndarray) -> Tensor:
 
 
 def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: Report) -> Start:
-    """Start as `config.synthetic.init` says; the real side must be encoded."""
+    """Start as `config.synthetic.init` says; the real side must be encoded.
+
+    A graph that brings encodings has no texts to choose: two stages end with the first, and the others start from the
+    propagated encodings P^2 H of the chosen rows.
+    """
     pool = real.pool
     counts = class_counts(pool.tag, config.synthetic.size)
-    y_s = one_hot_labels(counts)
+    y_s, blocks = one_hot_labels(counts), config.kernel.blocks(int(counts.sum()))
     sample = sample_for(pool, counts, config.seed)
-    texts = choose(pool, sample, counts, "random" if config.synthetic.init == "random" else "medoid", config)
+    given, how = pool.tag.encoding_width is not None, "random" if config.synthetic.init == "random" else "medoid"
     if config.synthetic.init != "two-stage":
-        return Start(embed(encoder, texts, config.synthetic.tokens), y_s, Objective.initial_log_temperature)
-    start = torch.from_numpy(class_centres(sample, counts, config.seed, config.kernel.blocks(len(y_s))))
+        if given:
+            x_s = torch.from_numpy(sample.features[select(sample, counts, how, config.seed, blocks)])[:, None]
+        else:
+            x_s = embed(encoder, choose(pool, sample, counts, how, config), config.synthetic.tokens)
+        return Start(x_s, y_s, Objective.initial_log_temperature)
+    texts = None if given else choose(pool, sample, counts, how, config)
+    start = torch.from_numpy(class_centres(sample, counts, config.seed, blocks))
     teacher = real.teacher(report) if config.two_stage.teacher_share else None
     h_s, y_s, log_temperature = optimise_encodings(pool, start, y_s, config, report, teacher)
-    return Start(fit_texts(encoder, texts, h_s, config, report), y_s, log_temperature)
+    x_s = h_s[:, None] if texts is None else fit_texts(encoder, texts, h_s, config, report)
+    return Start(x_s, y_s, log_temperature)
 
 
 def choose(pool: ShardPool, sample: TrainSample, counts: np.ndarray, how: str, config: DistillConfig) -> TokenLists:
-    """The M texts that the coreset ``how`` chooses."""
+    """The M texts that the coreset ``how`` chooses. Raises ConfigError if the graph has none."""
+    if pool.tag.encoding_width is not None:
+        reason = "brings encodings in place of texts: there are none to choose, and no tokens to invert anything into"
+        raise ConfigError(f"{pool.tag.path} {reason}; leave `invert` out")
     blocks = config.kernel.blocks(int(counts.sum()))
     return pool.tokens(sample.place[select(sample, counts, how, config.seed, blocks)])
 

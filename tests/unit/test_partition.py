@@ -88,8 +88,8 @@ def check_parts(
             if row < len(own):
                 seen[node, local[columns]] = True
         kinds = {name: value.dtype.name for name, value in part.arrays().items()}
-        wide = dict.fromkeys(("indptr", "indices", "degree", "halo_node", "halo_row"), "int64")
-        assert kinds == {**wide, "halo_owner": "int32", "halo_depth": "int8"}
+        wide = dict.fromkeys(("indptr", "degree", "halo_node", "halo_row"), "int64")
+        assert kinds == {**wide, "indices": "int32", "halo_owner": "int32", "halo_depth": "int8"}
     assert (seen == adjacency).all()  # the own rows put together are the graph
 
 

@@ -1,0 +1,31 @@
+"""What the checks of both tables share: which columns are there, and of what kind they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from talk_dist.data.splits import show
+
+WHOLE_NUMBER = r"^(0|-?[1-9][0-9]{0,17})$"  # at most 18 digits: it fits int64
+
+
+def missing_columns(
+    where: str, present: list[str], required: Sequence[str], problems: list[str], needed: str = ""
+) -> list[str]:
+    """The required columns that a table lacks; ``needed`` names all that are required, if that takes more words."""
+    missing = [name for name in required if name not in present]
+    if missing:
+        what = f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (it has {show(present, 12)})"
+        problems.append(f"{where}: {what}; add or rename, {needed or ', '.join(required)} are required")
+    return missing
+
+
+def plain(column: pa.Array) -> pa.Array:
+    """The column without dictionary encoding (pandas categories)."""
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
