@@ -70,14 +70,13 @@ class KernelConfig:
     """Relative to the mean diagonal of the synthetic kernel."""
     precision: Literal["float32", "float64"] = "float32"
     """Number format of the kernel blocks; the solve is always in float64."""
-    block: int = 2048
+    block: int = 1024
     """At most so many synthetic nodes in one kernel (0: all). More are dealt out to blocks, each with all classes and a
     share of the real rows (divide and conquer: Zhang, Duchi & Wainwright 2013): cost is linear in N if M is a share."""
     fields: Literal["memory", "disk"] = "memory"
-    """Where shards keep encodings: in memory, or, if they do not fit, in half precision mapped from
-    `runtime.scratch`."""
+    """Where shards keep encodings: in memory or, in half precision, in files below `runtime.scratch`."""
     chunk_mib: int = 256
-    """Memory for one chunk of rows of a kernel block."""
+    """Memory for one chunk of rows."""
 
     def __post_init__(self) -> None:
         check(
@@ -232,8 +231,7 @@ class OuterConfig:
     steps: int = 8
     """Outer steps per epoch."""
     rows: int = 4096
-    """About so many real rows in each step, here and on the encodings of stage one, in turn until all have been seen;
-    0 takes all of them in every step."""
+    """About so many real rows a block in a step, here and in stage one, in turn until all have been seen; 0: all."""
     lr: float = 1e-3
     """AdamW learning rate of the token embeddings."""
     label_lr: float = 1e-2
@@ -242,8 +240,7 @@ class OuterConfig:
     """AdamW weight decay of the token embeddings."""
     targets: Literal["labels", "teacher"] = "labels"
     """What the kernel predictor is to say: the labels of the training rows (the paper's), or, of every row, what a
-    student says that was trained on them. The teacher is better where classes are many and worth nothing where they
-    are few (benchmarks/results/options.md). No label of another split is read either way."""
+    student trained on them says: better where classes are many (benchmarks/results/options.md)."""
     loss: Literal["mse", "ce"] = "mse"
     """Squared error (the paper's) or cross-entropy with a learned temperature."""
     temperature_lr: float = 0.05

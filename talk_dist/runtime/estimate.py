@@ -205,7 +205,7 @@ def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, wi
     given = {"encodings": 2 * own * width if here else 0} if meta.get("encodings") else {}
     return given | {
         "tokens": 4 * part["tokens"] + 8 * (own + 1),
-        "graph": column * entries + 8 * (local + 1) + 8 * local + 21 * part["halo"] + 29 * own,
+        "graph": column * entries + 8 * (local + 1) + 8 * local + 21 * part["halo"] + 21 * own,
         "propagation": 0 if alone else 8 * entries + 4 * (local + 1),  # its columns are those of the graph
         "H": 4 * here * width,
         "Z": item * here * width,

@@ -56,7 +56,7 @@ def test_counted_bytes_are_those_of_real_shards(tags, make_encoder, make_pool, p
             part.halo_row,
             part.halo_depth,
         ]
-        ids = [part.node, part.label, part.split, np.zeros(part.num_own, np.int64), shard._lot]
+        ids = [part.node, part.label, part.split, np.zeros(part.num_own, np.int64)]
         assert counted["graph"] == pytest.approx(sum(a.nbytes for a in [*graph, *ids]), rel=0.15)
 
 
