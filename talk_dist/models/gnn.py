@@ -10,6 +10,7 @@ weights from global degrees.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,18 @@ from talk_dist.kernel.sntk import propagation, to_torch
 APPNP_STEPS, APPNP_TELEPORT = 10, 0.1
 
 
+def propagation_kind(kind: str) -> str:
+    """D^-1 A for SAGE, D^-1/2 A D^-1/2 for the others (GAT ignores the weights)."""
+    return "mean" if kind == "sage" else "sym"
+
+
 def local_graph(kind: str, indptr: np.ndarray, indices: np.ndarray, degree: np.ndarray) -> Tensor:
     """The sparse CSR matrix (local, local) that a student of ``kind`` multiplies with.
 
     Rows are given for own nodes, columns are own and halo nodes; halo rows stay empty. Weights come from
-    global degrees: D^-1 A for SAGE, D^-1/2 A D^-1/2 for the others (GAT ignores them).
+    global degrees.
     """
-    matrix = propagation(indptr, indices, degree, "mean" if kind == "sage" else "sym")
+    matrix = propagation(indptr, indices, degree, propagation_kind(kind))
     matrix.resize(len(degree), len(degree))
     return to_torch(matrix, torch.float32)
 
@@ -71,26 +77,47 @@ class Student(nn.Module):
         return {"appnp": APPNP_STEPS}.get(self.config.kind, self.config.depth)
 
     @property
-    def has_root(self) -> bool:
-        """Whether later stages need what the first made of the nodes."""
-        return self.config.kind == "appnp"
+    def linear(self) -> bool:
+        """Whether a stage is `after` of the propagated `before`: all but GAT, whose weights depend on the features."""
+        return self.config.kind != "gat"
+
+    def before(self, index: int, x: Tensor) -> Tensor:
+        """What stage ``index`` makes of every row (nodes, width) by itself before it is propagated."""
+        kind = self.config.kind
+        if kind == "appnp" and index == 0:
+            return self.layers[1](self._drop(self.layers[0](self._drop(x)).relu()))
+        if kind == "gcn":
+            x = self._drop(x)
+            return self.layers[index].lin(x) if self._narrows(index) else x  # type: ignore[operator]
+        return self._drop(x) if kind == "sage" else x
+
+    def after(self, index: int, gathered: Tensor, before: Tensor, root: Tensor) -> Tensor:
+        """What it makes of every row of P `before`, with that row of `before`, and of the first stage's, beside it."""
+        kind, last = self.config.kind, index == self.num_stages - 1
+        if kind == "appnp":
+            return (1 - APPNP_TELEPORT) * gathered + APPNP_TELEPORT * root
+        if kind == "sgc":
+            return self.layers[0](self._drop(gathered)) if last else gathered
+        layer: Any = self.layers[index]
+        if kind == "gcn":
+            x = (gathered if self._narrows(index) else layer.lin(gathered)) + layer.bias
+        else:
+            x = layer.lin_l(gathered) + layer.lin_r(before)
+        return x if last else x.relu()
+
+    def _narrows(self, index: int) -> bool:
+        """A layer of a GCN is propagated where it is narrower: the order makes no difference but in cost."""
+        layer: Any = self.layers[index]
+        return bool(layer.out_channels <= layer.in_channels)
 
     def stage(self, index: int, x: Tensor, graph: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """One stage: ``x`` (local nodes, width) and what APPNP teleports to -> the same for the next stage."""
-        kind, last = self.config.kind, index == self.num_stages - 1
-        if kind == "sgc":
-            x = graph @ x
-            return (self.layers[0](self._drop(x)) if last else x), None
-        if kind == "appnp":
-            if index == 0:
-                x = root = self.layers[1](self._drop(self.layers[0](self._drop(x)).relu()))
-            assert root is not None
-            return (1 - APPNP_TELEPORT) * (graph @ x) + APPNP_TELEPORT * root, root
-        x, layer = self._drop(x), self.layers[index]
-        x = layer(x, graph)
-        if not last:
-            x = nn.functional.elu(x) if kind == "gat" else x.relu()
-        return x, None
+        """One stage: ``x`` (local nodes, width), and `before` of the first stage -> the same for the next."""
+        if self.linear:
+            before = self.before(index, x)
+            root = before if root is None else root
+            return self.after(index, graph @ before, before, root), root
+        x = self.layers[index](self._drop(x), graph)
+        return (x if index == self.num_stages - 1 else nn.functional.elu(x)), None
 
     def forward(self, x: Tensor, graph: Tensor) -> Tensor:
         """Logits (nodes, C) on a whole graph."""
@@ -100,4 +127,4 @@ class Student(nn.Module):
         return x
 
     def _drop(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.config.dropout, self.training)
+        return nn.functional.dropout(x, self.config.dropout) if self.training else x

@@ -15,7 +15,8 @@ from talk_dist.config import DistillConfig
 from talk_dist.models.shape import ModelShape
 from talk_dist.runtime.chunks import LIVE_BUFFERS, TILE_ELEMENTS, TILE_ROWS
 from talk_dist.runtime.pool import sample_size
-from talk_dist.runtime.shard import ENCODED_ROWS, PROPAGATED_BYTES, PROPAGATED_ENTRIES
+from talk_dist.runtime.propagate import PROPAGATED_BYTES, PROPAGATED_ENTRIES
+from talk_dist.runtime.shard import ENCODED_ROWS
 from talk_dist.runtime.speed import STEP_SECONDS, Evaluation, work
 from talk_dist.runtime.student_pass import MADE, STAGE_BYTES
 
@@ -212,7 +213,7 @@ def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, wi
         "hops before": item * here * width * (kernel.hops - kernel.rounds),
         "norms": item * local * kernel.rounds,
         "targets": 4 * own * len(meta["classes"]) if config.outer.targets == "teacher" else 0,
-        "student": 4 * here * 2 * max(config.student.hidden, width),
+        "student": 4 * here * 3 * max(config.student.hidden, width),
         "chunks": 16 * own if alone else 2 * (kernel.rounds - 1) * entries * (8 + item),
         "halo": 4 * part["halo"] * width,
     }
@@ -237,7 +238,8 @@ def _working(
         "encode": HEAP * model.activations(config.encoder.batch_tokens / longest, longest, kept=False)
         + 2 * 4 * min(biggest, ENCODED_ROWS) * model.width,
         "propagate": min(item * biggest * model.width, PROPAGATED_BYTES) + 60 * min(densest, PROPAGATED_ENTRIES),
-        "students": min(MADE * 4 * biggest * max(config.student.hidden, model.width), STAGE_BYTES) + 40 * densest,
+        "students": min(MADE * 4 * biggest * max(config.student.hidden, model.width), STAGE_BYTES)
+        + 60 * min(densest, PROPAGATED_ENTRIES),
         "inject": HEAP * model.activations(min(m, config.outer.inject_batch), config.synthetic.tokens, kept=True),
         "kernel": HEAP_UNTRIMMED * block + 4 * 8 * m * (model.width + classes),
         # as it comes, joined, sorted; a class of it in float64; a teacher's layers and their gradients

@@ -54,6 +54,11 @@ class Fields:
             part = own[start : start + READ_ROWS]
             self.put(name, slice(start, start + len(part)), slice(None), part)
 
+    def drop(self, *names: str) -> None:
+        """Forget fields, if they are there."""
+        for name in names:
+            self._arrays.pop(name, None)
+
     def share(self, name: str, source: str) -> None:
         """``name`` is ``source``, until one of them is written anew."""
         self._arrays[name] = self._arrays[source]

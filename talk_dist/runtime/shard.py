@@ -35,12 +35,11 @@ from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, 
 from talk_dist.runtime.chunks import Chunk, Chunks
 from talk_dist.runtime.encodings import EncodingCache
 from talk_dist.runtime.fields import Fields
+from talk_dist.runtime.propagate import propagate
 from talk_dist.runtime.student_pass import StudentPass
 
 ENCODED_ROWS = 8192  # texts that are encoded, and kept, at a time
 TEACHER_ROWS = 8192  # rows that the teacher sees at once
-PROPAGATED_BYTES = 1 << 30  # of a field that is propagated, in memory at once
-PROPAGATED_ENTRIES = 1 << 23  # edges whose weights are in memory at once
 SUMMED_ROWS = 1 << 14  # after so many rows single-precision sums are added to those in double precision
 
 
@@ -129,18 +128,8 @@ class Shard:
             self._fields.put(name, self.part.num_own + near[owners == owner], slice(None), reply)
 
     def propagate(self, source: str = "H", target: str = "Z") -> None:
-        """target = P source on own rows; the source's direct halo must be there. `field_names` has the names.
-
-        Some columns of the field are in memory at once, and the weights of some rows."""
-        field = self._fields[source]
-        width = max(1, PROPAGATED_BYTES // (len(field) * self.dtype.itemsize))
-        self._fields.blank(target, field.shape[1], np.float64 if self.dtype is torch.float64 else np.float32)
-        for column in range(0, field.shape[1], width):
-            columns = slice(column, column + width)
-            x = self._tensor(field[:, columns])
-            for rows in self.part.stretches(PROPAGATED_ENTRIES):
-                weights = to_torch(self._weights(rows), self.dtype, self.device)
-                self._fields.put(target, rows, columns, (weights @ x).cpu().numpy())
+        """target = P source on own rows; the source's direct halo must be there. `field_names` has the names."""
+        propagate(self.part, self._fields, self.spec.kernel.propagation, source, target, self.dtype, self.device)
 
     def measure_norms(self) -> None:
         """Norms of every round, from Z with its halo. Once per encoding."""
@@ -164,13 +153,8 @@ class Shard:
     @cached_property
     def _propagation(self) -> sp.csr_matrix:
         """P with a row for each node that has one."""
-        return self._weights(slice(0, len(self.part.indptr) - 1))
-
-    def _weights(self, rows: slice) -> sp.csr_matrix:
         part = self.part
-        indptr = part.indptr[rows.start : rows.stop + 1]
-        indices = part.indices[indptr[0] : indptr[-1]]
-        return propagation(indptr - indptr[0], indices, part.degree, self.spec.kernel.propagation)
+        return propagation(part.indptr, part.indices, part.degree, self.spec.kernel.propagation)
 
     # -- the kernel ---------------------------------------------------------------------------------------
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from talk_dist.data.tag import Partition
-from talk_dist.models.gnn import local_graph
+from talk_dist.models.gnn import local_graph, propagation_kind
 from talk_dist.runtime.boundary import StudentState
 from talk_dist.runtime.fields import Fields
+from talk_dist.runtime.propagate import propagate, row_by_row
 
-STAGE_BYTES = 1 << 30  # of what a student makes of nodes at once
-MADE = 4  # arrays of its width, at most, that a stage makes
+STAGE_BYTES = 1 << 30  # of what attention makes of nodes at once
+MADE = 6  # arrays of its width, at most, that it makes
 
 
 class StudentPass:
@@ -20,34 +21,48 @@ class StudentPass:
 
     def __init__(self, state: StudentState, part: Partition, fields: Fields):
         self._student, self._part, self._fields = state.build(), part, fields
-        self._graph: Tensor | None = None
         fields.share("X", "H")
 
+    @torch.no_grad()
     def stage(self, index: int) -> None:
-        """X = stage(X) on own rows: of all of them at once or, where that takes too much, of so many that they and all
-        their neighbours fit."""
+        """X = stage(X) on own rows."""
+        if self._student.linear:
+            self._linear(index)
+        else:
+            self._attention(index)
+        self._fields.share("X", "next")
+        self._fields.drop("next", "before", "gathered")
+
+    def _linear(self, index: int) -> None:
+        student, fields, own = self._student, self._fields, self._part.num_own
+        probe = self._read("X", slice(0, 1))
+        if student.before(index, probe) is probe:
+            fields.share("before", "X")
+        else:
+            row_by_row(fields, "before", fields.rows, lambda rows: student.before(index, self._read("X", rows)))
+        if not index:
+            fields.share("root", "before")
+        kind = propagation_kind(student.config.kind)
+        propagate(self._part, fields, kind, "before", "gathered", torch.float32, torch.device("cpu"))
+
+        def after(rows: slice) -> Tensor:
+            return student.after(index, *(self._read(name, rows) for name in ("gathered", "before", "root")))
+
+        row_by_row(fields, "next", own, after)
+
+    def _attention(self, index: int) -> None:
+        """Of so many own rows at once that they and all their neighbours fit."""
         student, part, fields = self._student, self._part, self._fields
         node_bytes = MADE * 4 * max(student.in_dim, student.config.hidden)
-        whole = fields.rows * node_bytes <= STAGE_BYTES
-        stretches = [slice(0, part.num_own)] if whole else part.stretches(max(1, STAGE_BYTES // node_bytes))
-        for rows in stretches:
-            nodes, graph = self._everything() if whole else self._surroundings(rows)
-            root = torch.from_numpy(fields["root"][nodes]).float() if index and student.has_root else None
-            with torch.no_grad():
-                x, root = student.stage(index, torch.from_numpy(fields["X"][nodes]).float(), graph, root)
-            made = {"next": x} if index or root is None else {"next": x, "root": root}
-            for name, value in made.items():
-                if not rows.start:
-                    fields.blank(name, value.shape[1])
-                fields.put(name, rows, slice(None), value[: rows.stop - rows.start].numpy())
-        fields.share("X", "next")
+        for rows in part.stretches(STAGE_BYTES // node_bytes):
+            nodes, graph = self._surroundings(rows)
+            x, _ = student.stage(index, self._read("X", nodes), graph, None)
+            if not rows.start:
+                fields.blank("next", x.shape[1])
+            fields.put("next", rows, slice(None), x[: rows.stop - rows.start].numpy())
 
-    def _everything(self) -> tuple[np.ndarray, Tensor]:
-        part = self._part
-        if self._graph is None:
-            indptr = part.indptr[: part.num_own + 1]
-            self._graph = local_graph(self._student.config.kind, indptr, part.indices[: indptr[-1]], part.degree)
-        return np.arange(self._fields.rows), self._graph
+    def _read(self, name: str, rows: slice | np.ndarray) -> Tensor:
+        return torch.tensor(self._fields[name][rows], dtype=torch.float32)
 
     def _surroundings(self, rows: slice) -> tuple[np.ndarray, Tensor]:
         """A stretch of own rows as a shard of its own: its nodes, then those around it; and its graph."""

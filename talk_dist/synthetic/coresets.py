@@ -67,12 +67,12 @@ def kcenter(features: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.array(chosen)
 
 
-def centres(features: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """k-means centres (count, d)."""
+def centres(features: np.ndarray, count: int, seed: int, tries: int = 4) -> np.ndarray:
+    """k-means centres (count, d), the best of some tries."""
     from sklearn.cluster import KMeans  # slow to import, seldom needed
 
     count = min(count, len(features))
-    return np.asarray(KMeans(count, n_init=4, random_state=seed).fit(features).cluster_centers_)
+    return np.asarray(KMeans(count, n_init=tries, random_state=seed).fit(features).cluster_centers_)
 
 
 def medoid(features: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -106,10 +106,14 @@ def select(sample: TrainSample, counts: np.ndarray, method: str, seed: int, bloc
 
 
 def class_centres(sample: TrainSample, counts: np.ndarray, seed: int, blocks: int = 1) -> np.ndarray:
-    """Class-wise k-means centres of the sampled features (M, d), in the order and with the ``blocks`` of `select`."""
+    """Class-wise k-means centres of the sampled features (M, d), in the order and with the ``blocks`` of `select`.
+
+    Several blocks, which together are less a matter of luck, have one try each, in single precision.
+    """
     found = np.empty((counts.sum(), sample.features.shape[1]), np.float32)
     for places, rows in _shares(sample, counts, blocks):
-        own = centres(sample.features[rows].astype(np.float64), len(places), seed)
+        features = sample.features[rows].astype(np.float64 if blocks == 1 else np.float32)
+        own = centres(features, len(places), seed, 4 if blocks == 1 else 1)
         found[places] = own[np.resize(np.arange(len(own)), len(places))]
     return found
 

@@ -15,7 +15,7 @@ from talk_dist.config import DistillConfig, KernelConfig, OuterConfig, StudentCo
 from talk_dist.errors import ConfigError, DataError
 from talk_dist.models.gnn import Student, local_graph
 from talk_dist.resources import RuntimeConfig
-from talk_dist.runtime import chunks, student_pass
+from talk_dist.runtime import chunks, propagate, student_pass
 from talk_dist.runtime import shard as shard_module
 from talk_dist.runtime.boundary import LossSpec, StudentState
 from talk_dist.runtime.fields import Fields
@@ -489,9 +489,10 @@ def test_students_and_hops_in_pieces_are_the_whole(
     student = StudentState.of(Student(StudentConfig(kind=kind, hidden=16), 8, 3, 1).eval())
     whole = make_pool(table_encoder(dtype=np.float32), 2, architecture="sgc", precision="float32")
     whole.student_scores(student, ["val"])
-    monkeypatch.setattr(shard_module, "PROPAGATED_BYTES", 400)
-    monkeypatch.setattr(shard_module, "PROPAGATED_ENTRIES", 20)
-    monkeypatch.setattr(student_pass, "STAGE_BYTES", 4000)
+    monkeypatch.setattr(propagate, "PROPAGATED_BYTES", 400)
+    monkeypatch.setattr(propagate, "PROPAGATED_ENTRIES", 20)
+    monkeypatch.setattr(propagate, "READ_ROWS", 7)
+    monkeypatch.setattr(student_pass, "STAGE_BYTES", 9000)
     kernel = {"architecture": "sgc", "precision": "float32", "fields": fields}
     pieces = make_pool(table_encoder(dtype=np.float32), 2, **kernel)
     pieces.student_scores(student, ["val"])
