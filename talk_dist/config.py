@@ -32,6 +32,11 @@ class EncoderConfig:
     """LoRA dropout in the inner loop."""
     targets: tuple[str, ...] = ()
     """Names of the modules that get adapters; empty takes query, key and value of the architecture."""
+    adapted_layers: int = 0
+    """Adapters in so many of the last layers (0: in all). The layers below then run once a run for a real text: what
+    they return is kept in half precision, one vector a token, where `kernel.fields` says. A second encoding of MiniLM
+    costs what its adapted layers cost (benchmarks/results/layers.md). Workers that encode real texts themselves
+    (`deepspeed.encode_texts`) keep nothing."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast for encoder passes; `auto` takes bfloat16 where the hardware multiplies it natively."""
     batch_tokens: int = 8192
@@ -44,6 +49,7 @@ class EncoderConfig:
             "encoder",
             rank=(self.rank >= 1, self.rank, "at least 1"),
             dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
+            adapted_layers=(self.adapted_layers >= 0, self.adapted_layers, "not negative"),
             batch_tokens=(self.batch_tokens >= 1, self.batch_tokens, "at least 1"),
         )
 

@@ -98,7 +98,7 @@ def check_memory(tag: PreparedTag, config: DistillConfig, evaluation: EvaluateCo
 
 
 def refuse_if_too_large(plan: estimate.Plan, config: DistillConfig) -> None:
-    """Raises CapacityError if what runs in this process needs more than this machine has free.
+    """Raises CapacityError if what runs in this process needs more memory, or room in `runtime.scratch`, than is free.
 
     What the actors of a cluster need, the cluster is asked for.
     """
@@ -106,6 +106,14 @@ def refuse_if_too_large(plan: estimate.Plan, config: DistillConfig) -> None:
     here = plan.whole() if config.runtime.kind == "local" else plan.driver(config.deepspeed.workers > 0)
     if available is not None and here.host > available:
         raise CapacityError(here.refusal("this" if config.runtime.kind == "local" else "the driver", available))
+    if plan.disk and config.runtime.kind == "local":
+        room = estimate.available_disk(config.runtime.scratch)
+        if plan.disk > room:
+            raise CapacityError(
+                f"this needs {estimate.gib(plan.disk)} on disk and {estimate.gib(room)} are free in "
+                f"{config.runtime.scratch or 'the folder for temporary files'}; set --runtime.scratch to a folder with "
+                "more room, or --kernel.fields memory"
+            )
 
 
 def check(

@@ -6,7 +6,6 @@ are pure in their arguments and in the current encoding; arrays that cross its b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from itertools import pairwise
 
@@ -30,11 +29,12 @@ from talk_dist.kernel.sntk import (
 )
 from talk_dist.models.gnn import self_loops
 from talk_dist.models.inner import one_hot
-from talk_dist.models.protocol import Adapters, Encoder
+from talk_dist.models.protocol import Adapters, Encoder, Lower, Progress
 from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, StudentState
 from talk_dist.runtime.chunks import Chunk, Chunks
 from talk_dist.runtime.encodings import EncodingCache
 from talk_dist.runtime.fields import Fields
+from talk_dist.runtime.lower import LowerStates
 from talk_dist.runtime.student_pass import StudentPass
 
 ENCODED_ROWS = 8192  # texts that are encoded, and kept, at a time
@@ -76,10 +76,13 @@ class Shard:
         self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if spec.cache else None
         self._fields = Fields(len(self._depth), spec.kernel.fields == "disk", spec.scratch)
         self._encoded_with: str | None = None
+        self._lower = None
+        if encoder.frozen_layers:
+            self._lower = LowerStates(part.tokens, encoder.width, spec.kernel.fields == "disk", spec.scratch)
 
     # -- encoding and halo exchange -----------------------------------------------------------------------
 
-    def encode(self, adapters: Adapters, progress: Callable[[int, int], None] | None = None) -> bool:
+    def encode(self, adapters: Adapters, progress: Progress | None = None) -> bool:
         """Encode own texts with these adapters; False if that is what the shard already holds."""
         version = EncodingCache.version(adapters)
         if version == self._encoded_with:
@@ -89,13 +92,14 @@ class Shard:
         total = self.part.num_own
         for start in range(0, total, ENCODED_ROWS):
             texts = self.part.tokens.slice(start, start + ENCODED_ROWS)
+            lower = self._lower.stretch(start, start + ENCODED_ROWS) if self._lower else None
 
             def tell(done: int, _: int, before: int = start) -> None:
                 if progress:
                     progress(before + done, total)
 
-            def compute(texts: TokenLists = texts, tell: Callable[[int, int], None] = tell) -> np.ndarray:
-                return self.encoder.encode_tokens(texts, tell)
+            def compute(texts: TokenLists = texts, tell: Progress = tell, lower: Lower | None = lower) -> np.ndarray:
+                return self.encoder.encode_tokens(texts, tell, lower)
 
             cacheable = self._cache is not None and not adapters
             own = self._cache.get(self.encoder, start, compute) if cacheable and self._cache else compute()
