@@ -16,6 +16,7 @@ from talk_dist.models.device import pick_device
 from talk_dist.models.protocol import Encoder
 from talk_dist.models.shape import ModelShape
 from talk_dist.runtime import estimate
+from talk_dist.runtime.fields import available_disk
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
 from talk_dist.synthetic.init import class_counts, num_synthetic
 
@@ -107,7 +108,7 @@ def refuse_if_too_large(plan: estimate.Plan, config: DistillConfig) -> None:
     if available is not None and here.host > available:
         raise CapacityError(here.refusal("this" if config.runtime.kind == "local" else "the driver", available))
     if plan.disk and config.runtime.kind == "local":
-        room = estimate.available_disk(config.runtime.scratch)
+        room = available_disk(config.runtime.scratch)
         if plan.disk > room:
             raise CapacityError(
                 f"this needs {estimate.gib(plan.disk)} on disk and {estimate.gib(room)} are free in "

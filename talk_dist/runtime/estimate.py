@@ -6,15 +6,12 @@ a model of what was measured; `benchmarks/memory.py` compares the whole with the
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from talk_dist.config import DistillConfig
-from talk_dist.errors import ConfigError
 from talk_dist.models.shape import ModelShape
 from talk_dist.runtime.chunks import LIVE_BUFFERS, TILE_ELEMENTS, TILE_ROWS
 from talk_dist.runtime.pool import sample_size
@@ -284,15 +281,6 @@ def available_memory() -> int | None:
         anonymous = next(line for line in used.read_text().splitlines() if line.startswith("anon "))
         free.append(int(limit.read_text()) - int(anonymous.split()[1]))
     return min(free, default=None)
-
-
-def available_disk(scratch: str) -> int:
-    """Bytes that are free in the folder ``scratch`` (empty: the system's for temporary files). Raises ConfigError if
-    there is none."""
-    try:
-        return shutil.disk_usage(scratch or tempfile.gettempdir()).free
-    except OSError as error:
-        raise ConfigError(f"runtime.scratch = {scratch!r}: {error.strerror}") from error
 
 
 def gib(count: float) -> str:
