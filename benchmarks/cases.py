@@ -35,7 +35,8 @@ class Case:
         self.pool.encode(self.encoder.adapters())
         self.counts = class_counts(self.tag, self.config.synthetic.size)
         self.sample = sample_for(self.pool, self.counts, seed)
-        start = torch.from_numpy(class_centres(self.sample, self.counts, seed))
+        blocks = self.config.kernel.blocks(int(self.counts.sum()))
+        start = torch.from_numpy(class_centres(self.sample, self.counts, seed, blocks))
         labels = one_hot_labels(self.counts)
         self.found: dict[int, Tensor] = {}  # by T: the tokens that `fit_tokens` found
         self.h_s, self.y_s, _ = optimise_encodings(self.pool, start, labels, self.config, lambda *_: None)

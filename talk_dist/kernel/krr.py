@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from talk_dist.errors import NotPSDError
-from talk_dist.kernel.sntk import synthetic_kernel
+from talk_dist.kernel.sntk import KernelBlock, through_lengths
 
 JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
 
@@ -93,16 +93,20 @@ def loss_scale(kind: str, num_rows: int, num_classes: int) -> float:
 
 
 def complete_gradient(
-    h_s: Tensor, solution: DualSolution, d_dual: Tensor, d_hs: Tensor, hops: int, layers: int
+    h_s: Tensor, kernel: KernelBlock, solution: DualSolution, d_dual: Tensor, d_hs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient with respect to h_s (M, d) and y_s (M, C), from what the shards summed.
 
-    ``d_dual`` = dL/dB (M, C), that is sum_p K_p^T dL/dF_p; ``d_hs`` = sum_p VJP of K_p at dL/dF_p B^T.
-    G_A = -A^-T dL/dB B^T, G_K = G_A + (ridge/M) trace(G_A) I, plus the VJP of K_ss at G_K.
+    ``kernel``: the block of h_s with itself that ``solution`` is of; its gradient is asked for here. ``d_dual`` = dL/dB
+    (M, C), that is sum_p K_p^T dL/dF_p; ``d_hs`` = sum_p VJP of K_p at dL/dF_p B^T. G_A = -A^-T dL/dB B^T and
+    G_K = G_A + (ridge/M) trace(G_A) I, whose second part meets the diagonal alone. K_ss depends on h_s from either
+    side, so that its VJP at G_K is that of its columns at G_K + G_K^T: of rank 2 C but for the diagonal.
     """
+    h_s = h_s.double()
     d_labels = torch.cholesky_solve(d_dual.double(), solution.factor)
-    g_a = -d_labels @ solution.dual.T
-    g_k = g_a + (solution.ridge / len(h_s)) * g_a.trace() * torch.eye(len(h_s), dtype=g_a.dtype, device=g_a.device)
-    leaf = h_s.detach().double().requires_grad_()
-    (through_kernel,) = torch.autograd.grad(synthetic_kernel(leaf, hops, layers), leaf, g_k)
-    return d_hs.double() + through_kernel, d_labels
+    g, b = torch.cat([-d_labels, solution.dual], 1), torch.cat([solution.dual, -d_labels], 1)
+    pulled = torch.zeros_like(h_s)
+    kernel.pull(g, b, pulled)
+    through_kernel = through_lengths(pulled, h_s, b, kernel.transposed_times(g))
+    on_diagonal = solution.ridge / len(h_s) * -(d_labels * solution.dual).sum()
+    return d_hs.double() + through_kernel + 2.0 * on_diagonal * kernel.diagonal_factor * h_s, d_labels

@@ -25,28 +25,15 @@ TINY = 1e-30
 _BATCH_ELEMENTS = 1 << 23  # numbers in one batch of neighbourhoods, when norms are exact
 
 
-class _ArcCosine(torch.autograd.Function):
-    """rho -> (k0, k1): k0 = (pi - arccos rho) / pi, k1 = (rho (pi - arccos rho) + sqrt(1 - rho^2)) / pi."""
+def arc_cosine(rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arc-cosine maps at the correlations ``rho`` (any shape, in [-1, 1]), and sqrt(1 - rho^2).
 
-    @staticmethod
-    def forward(ctx, rho: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        rho = rho.clamp(-1.0, 1.0)
-        root = (1.0 - rho * rho).sqrt_()
-        k0 = 1.0 - torch.arccos(rho) / math.pi
-        ctx.save_for_backward(k0, root)
-        return k0, torch.addcmul(root / math.pi, rho, k0)
-
-    @staticmethod
-    def backward(ctx, grad_k0: Tensor, grad_k1: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        k0, root = ctx.saved_tensors
-        floor = math.sqrt(1.0 - SLOPE_CLIP**2)
-        return grad_k0 / (math.pi * root.clamp_min(floor)) + grad_k1 * k0
-
-
-def arc_cosine(rho: Tensor) -> tuple[Tensor, Tensor]:
-    """The arc-cosine maps of degree 0 and 1 at the correlations ``rho`` (any shape), normalised to 1 at rho = 1."""
-    k0, k1 = _ArcCosine.apply(rho)
-    return k0, k1
+    Of degree 0 and 1, normalised to 1 at rho = 1: k0 = (pi - arccos rho) / pi and k1 = rho k0 + sqrt(1 - rho^2) / pi,
+    whose derivatives are 1 / (pi sqrt(1 - rho^2)) and k0.
+    """
+    root = torch.addcmul(rho.new_ones(()), rho, rho, value=-1.0).sqrt_()
+    k0 = torch.arccos(rho).mul_(-1.0 / math.pi).add_(1.0)
+    return k0, torch.mul(rho, k0).add_(root, alpha=1.0 / math.pi), root
 
 
 def propagation(indptr: np.ndarray, indices: np.ndarray, degree: np.ndarray, kind: str) -> sp.csr_matrix:
@@ -87,30 +74,42 @@ class KernelBlock:
 
     ``z`` (r_1, d): directions of P H in the receptive field of the wanted rows; ``h_s`` (M, d): synthetic encodings;
     ``propagations``: of hops 2..K the matrix (r_k+1, r_k) as it acts on directions, see `between_directions`; ``norms``
-    (r_K,): n of the last hop. `pull` may be asked once, if ``keep``: it consumes what it needs.
+    (r_K,): n of the last hop. `pull` may be asked once, if ``keep``: it consumes what it needs. ``itself``: row i is
+    column i, whose correlation is one; computed, its rounding would cost half of the digits (arccos is steep there).
     """
 
     def __init__(
-        self, z: Tensor, h_s: Tensor, propagations: Sequence[Hop], norms: Tensor, layers: int = 1, keep: bool = True
+        self,
+        z: Tensor,
+        h_s: Tensor,
+        propagations: Sequence[Hop],
+        norms: Tensor,
+        layers: int = 1,
+        keep: bool = True,
+        itself: bool = False,
     ):
         self.lengths = torch.linalg.vector_norm(h_s, dim=1, keepdim=True).clamp_min(TINY)
-        self.directions = h_s / self.lengths
         self._z, self._propagations, self._layers, self._norms = z, propagations, layers, norms[:, None]
         self._tape: list[tuple[Tensor, Tensor, Tensor]] = []  # of each layer: theta before it, k0, sqrt(1 - rho^2)
-        theta = rho = z @ self.directions.T
+        theta = rho = z @ (h_s / self.lengths).T
+        if itself:
+            rho.fill_diagonal_(1.0)
         for hop in range(len(propagations) + 1):
             if hop:
                 forward, _ = propagations[hop - 1]
                 rho, theta = forward @ rho, forward @ theta
             rho.clamp_(-1.0, 1.0)
             for _ in range(layers):
-                root = torch.addcmul(rho.new_ones(()), rho, rho, value=-1.0).sqrt_()
-                k0 = torch.arccos(rho).mul_(-1.0 / math.pi).add_(1.0)
-                k1 = torch.mul(rho, k0).add_(root, alpha=1.0 / math.pi)
+                k0, k1, root = arc_cosine(rho)
                 if keep:
                     self._tape.append((theta, k0, root))
                 rho, theta = k1, torch.addcmul(k1, theta, k0)
         self.unit = theta
+
+    @property
+    def diagonal_factor(self) -> float:
+        """K_jj over |h_j|^2 of a block of nodes with themselves: each layer adds one."""
+        return 1.0 + self._layers
 
     def dense(self) -> Tensor:
         """K itself (r_K, M)."""
@@ -164,21 +163,23 @@ def between_directions(
     return to_torch(scaled, dtype, device), to_torch(scaled.T.tocsr(), dtype, device)
 
 
-def synthetic_kernel(h_s: Tensor, hops: int, layers: int = 1) -> Tensor:
-    """Kernel of the synthetic nodes with themselves (M, M): symmetric, positive semi-definite.
+def synthetic_block(h_s: Tensor, hops: int, layers: int = 1) -> KernelBlock:
+    """Kernel of the synthetic nodes (M, d) with themselves: symmetric to rounding, positive semi-definite.
 
-    With the identity as propagation the diagonal never changes, so every hop has the same norms. The correlation
-    of a node with itself is one: computed, its rounding would cost half of the digits (arccos is steep there).
+    With the identity as propagation the diagonal never changes, so that hops are layers like any others.
     """
-    m = torch.linalg.vector_norm(h_s, dim=1)
-    sigma = theta = h_s @ h_s.T
-    scale = torch.outer(m, m).clamp_min(TINY)
-    itself = torch.eye(len(h_s), dtype=torch.bool, device=h_s.device)
-    for _ in range(hops * layers):
-        k0, k1 = arc_cosine((sigma / scale).masked_fill(itself, 1.0))
-        sigma = k1 * scale
-        theta = theta * k0 + sigma
-    return (theta + theta.T) / 2
+    lengths = torch.linalg.vector_norm(h_s, dim=1)
+    return KernelBlock(h_s / lengths.clamp_min(TINY)[:, None], h_s, [], lengths, hops * layers, itself=True)
+
+
+def synthetic_kernel(h_s: Tensor, hops: int, layers: int = 1) -> Tensor:
+    """`synthetic_block` as a matrix (M, M)."""
+    return symmetric(synthetic_block(h_s, hops, layers).dense())
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Its symmetric part."""
+    return (matrix + matrix.T) / 2
 
 
 def node_norms(
@@ -242,7 +243,7 @@ def _activate(raw: Tensor, layers: int) -> Tensor:
     n = raw.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
     scale = (n[..., :, None] * n[..., None, :]).clamp_min(TINY)
     for _ in range(layers):
-        raw = arc_cosine(raw / scale)[1] * scale
+        raw = arc_cosine((raw / scale).clamp_(-1.0, 1.0))[1] * scale
     return raw
 
 

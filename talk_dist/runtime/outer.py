@@ -13,7 +13,7 @@ from torch import Tensor
 
 from talk_dist.config import DistillConfig
 from talk_dist.kernel.krr import DualSolution, complete_gradient, dual_coefficients, loss_scale
-from talk_dist.kernel.sntk import synthetic_kernel
+from talk_dist.kernel.sntk import KernelBlock, symmetric, synthetic_block
 from talk_dist.models.gnn import Student
 from talk_dist.runtime.boundary import LossSpec, StudentState
 from talk_dist.runtime.pool import ShardPool
@@ -41,21 +41,21 @@ class Objective:
     def __call__(self, h_s: Tensor, y_s: Tensor, log_temperature: float, step: int = 0) -> OuterGradient:
         """Loss and gradient at encodings ``h_s`` (M, d) and labels ``y_s`` (M, C), over the real rows whose turn it is
         in this ``step``: all of them, unless `outer.rows` says otherwise."""
-        kernel, outer = self.config.kernel, self.config.outer
+        outer = self.config.outer
         h_s, meter, blocks = h_s.cpu(), self.pool.meter, self.config.kernel.blocks(len(h_s))
         with meter.time("solve"):
             solutions = self._solve(h_s, y_s)
         folds = self.folds(len(h_s))
         loss = LossSpec(outer.loss, log_temperature, outer.targets, step % folds, folds)
-        sums = self.pool.loss_and_grads(h_s.numpy(), interleaved([each.dual for each in solutions]).numpy(), loss)
+        sums = self.pool.loss_and_grads(
+            h_s.numpy(), interleaved([solution.dual for _, solution in solutions]).numpy(), loss
+        )
         scale = loss_scale(outer.loss, sums.num_rows, y_s.shape[1])
         d_dual, d_hs = scale * torch.from_numpy(sums.d_dual), scale * torch.from_numpy(sums.d_hs)
         with meter.time("solve"):
             gradients = [
-                complete_gradient(
-                    h_s[i::blocks], solution, d_dual[i::blocks], d_hs[i::blocks], kernel.rounds, kernel.layers
-                )
-                for i, solution in enumerate(solutions)
+                complete_gradient(h_s[i::blocks], block, solution, d_dual[i::blocks], d_hs[i::blocks])
+                for i, (block, solution) in enumerate(solutions)
             ]
         all_hs, all_ys = (interleaved(list(each)) for each in zip(*gradients, strict=True))
         return OuterGradient(scale * sums.loss, all_hs, all_ys, scale * sums.d_log_temperature)
@@ -70,16 +70,16 @@ class Objective:
     def krr_counts(self, h_s: Tensor, y_s: Tensor, split: str) -> np.ndarray:
         """Confusion counts (C, C) of the kernel predictor on ``split``."""
         h_s = h_s.cpu()
-        dual = interleaved([each.dual for each in self._solve(h_s, y_s)])
+        dual = interleaved([solution.dual for _, solution in self._solve(h_s, y_s)])
         return self.pool.krr_scores(h_s.numpy(), dual.numpy(), split)
 
-    def _solve(self, h_s: Tensor, y_s: Tensor) -> list[DualSolution]:
+    def _solve(self, h_s: Tensor, y_s: Tensor) -> list[tuple[KernelBlock, DualSolution]]:
         """Of each block (`KernelConfig.blocks`)."""
         kernel, blocks = self.config.kernel, self.config.kernel.blocks(len(h_s))
         found = []
         for i in range(blocks):
-            k_ss = synthetic_kernel(h_s[i::blocks].double(), kernel.rounds, kernel.layers)
-            found.append(dual_coefficients(k_ss, y_s[i::blocks], kernel.ridge))
+            block = synthetic_block(h_s[i::blocks].double(), kernel.rounds, kernel.layers)
+            found.append((block, dual_coefficients(symmetric(block.dense()), y_s[i::blocks], kernel.ridge)))
         return found
 
 

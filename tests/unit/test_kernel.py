@@ -17,6 +17,7 @@ from talk_dist.kernel.sntk import (
     between_directions,
     node_norms,
     propagation,
+    synthetic_block,
     synthetic_kernel,
     through_lengths,
     to_torch,
@@ -102,7 +103,7 @@ def test_block_and_its_gradient_by_hand_are_autograd_of_the_dense_kernel(graph, 
 @example(0.5)
 def test_arc_cosine_maps_are_expectations_over_gaussians(rho):
     """k0 = 2 E[1(u>0) 1(v>0)] and k1 = 2 E[relu(u) relu(v)] for standard Gaussians u, v of correlation rho."""
-    k0, k1 = arc_cosine(torch.tensor(rho, **FLOAT))
+    k0, k1, _ = arc_cosine(torch.tensor(rho, **FLOAT))
     theta = math.acos(rho)
     # both factors are positive on an arc of pi - theta, in polar coordinates with E[r^2] = 2
     low, high = theta - math.pi / 2, math.pi / 2
@@ -128,19 +129,28 @@ def test_k0_is_taken_at_rho():
 
 
 def test_slope_is_the_derivative_and_bounded():
-    """Inside the clip the slope is the derivative; beyond it that of k0 is frozen there and that of k1 is k0."""
-    inside = torch.linspace(-SLOPE_CLIP, SLOPE_CLIP, 41, **FLOAT)[1:-1].requires_grad_()
-    assert torch.autograd.gradcheck(arc_cosine, inside, eps=1e-7, atol=1e-5)
-    for rho in (SLOPE_CLIP, 0.999999, 1.0, 1.01):
-        leaf = torch.tensor(rho, **FLOAT).requires_grad_()
-        k0, k1 = arc_cosine(leaf)
-        assert float(torch.autograd.grad(k0, leaf, retain_graph=True)[0]) == pytest.approx(
-            1 / (math.pi * math.sqrt(1 - SLOPE_CLIP**2)), rel=1e-9
-        )
-        assert float(torch.autograd.grad(k1, leaf)[0]) == pytest.approx(k0.item(), rel=1e-12)
-    value = arc_cosine(torch.tensor([1.0, 1.5, -1.0, -2.0], **FLOAT))
-    torch.testing.assert_close(value[0], torch.tensor([1.0, 1.0, 0.0, 0.0], **FLOAT), rtol=0, atol=0)
-    torch.testing.assert_close(value[1], torch.tensor([1.0, 1.0, 0.0, 0.0], **FLOAT), rtol=0, atol=1e-15)
+    """Of rho k0 + k1 between two directions: inside the clip the derivative, beyond it with that of k0 frozen there."""
+    z = torch.tensor([[1.0, 0.0]], **FLOAT)
+    one = torch.ones(1, 1, **FLOAT)
+
+    def at(angle):
+        h = torch.tensor([[math.cos(angle), math.sin(angle)]], **FLOAT)
+        block = KernelBlock(z, h, [], one[0])
+        pulled = torch.zeros_like(h)
+        block.pull(one, one, pulled)
+        return float(block.dense()), float(pulled[0, 0])  # the slope times z
+
+    for angle in np.linspace(0.1, math.pi - 0.1, 9):
+        rho, step = math.cos(angle), 1e-6
+        above, below = (at(math.acos(rho + move))[0] for move in (step, -step))
+        assert at(angle)[1] == pytest.approx((above - below) / (2 * step), rel=1e-6)
+    steepest = 1 / (math.pi * math.sqrt(1 - SLOPE_CLIP**2))
+    for angle in (0.0, 1e-6, 1e-3, math.acos(SLOPE_CLIP)):
+        k0 = 1 - angle / math.pi
+        assert at(angle)[1] == pytest.approx(math.cos(angle) * steepest + 2 * k0, rel=1e-6)
+    value = arc_cosine(torch.tensor([1.0, -1.0], **FLOAT))
+    torch.testing.assert_close(value[0], torch.tensor([1.0, 0.0], **FLOAT), rtol=0, atol=0)
+    torch.testing.assert_close(value[1], torch.tensor([1.0, 0.0], **FLOAT), rtol=0, atol=1e-15)
 
 
 @st.composite
@@ -158,15 +168,12 @@ def encodings(draw):
 @settings(max_examples=60, deadline=None)
 def test_synthetic_kernel_is_symmetric_and_positive_semi_definite(h_s, hops, layers):
     """Whatever the encodings: equal, parallel, nearly equal, zero. Also finite, with a finite gradient."""
-    leaf = h_s.clone().requires_grad_()
-    k = synthetic_kernel(leaf, hops, layers)
+    k = synthetic_kernel(h_s, hops, layers)
     assert torch.equal(k, k.T)
-    values = torch.linalg.eigvalsh(k.detach())
+    values = torch.linalg.eigvalsh(k)
     assert values[0] >= -1e-7 * max(1e-30, k.diagonal().mean().item())
-    (gradient,) = torch.autograd.grad(
-        (k * torch.randn(k.shape, generator=torch.Generator().manual_seed(0))).sum(), leaf
-    )
-    assert torch.isfinite(gradient).all()
+    g, b = torch.randn(2, len(h_s), 3, generator=torch.Generator().manual_seed(0), **FLOAT)
+    assert torch.isfinite(gradient_of(synthetic_block(h_s, hops, layers), h_s, g, b)).all()
 
 
 def test_clipping_values_would_break_positive_semi_definiteness(monkeypatch):
@@ -177,7 +184,8 @@ def test_clipping_values_would_break_positive_semi_definiteness(monkeypatch):
     assert torch.linalg.eigvalsh(k)[0] > -1e-7 * k.diagonal().mean()
 
     def clipped(rho):
-        return reference.arc_cosine(rho.clamp(-SLOPE_CLIP, SLOPE_CLIP))
+        rho = rho.clamp(-SLOPE_CLIP, SLOPE_CLIP)
+        return *reference.arc_cosine(rho), (1 - rho**2).sqrt()
 
     monkeypatch.setattr("talk_dist.kernel.sntk.arc_cosine", clipped)
     k = synthetic_kernel(h_s, 2)

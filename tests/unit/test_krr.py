@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 from talk_dist.errors import NotPSDError
 from talk_dist.kernel import krr
 from talk_dist.kernel.krr import complete_gradient, dual_coefficients, loss_scale, loss_sums, ridge_path
-from talk_dist.kernel.sntk import synthetic_kernel
+from talk_dist.kernel.sntk import synthetic_block, synthetic_kernel
 from talk_dist.runtime.outer import accuracy, macro_f1
 
 M, C, ROWS = 7, 3, 20
@@ -117,7 +117,8 @@ def test_completed_gradient_is_autograd_through_the_solve(problem, monkeypatch, 
     sums = loss_sums(block.detach() @ solution.dual, one_hot(labels, C), "mse")
     d_scores = loss_scale("mse", ROWS, C) * sums.d_scores
     (through_block,) = torch.autograd.grad(block, leaf, d_scores @ solution.dual.T)
-    mine = complete_gradient(h_s, solution, block.detach().T @ d_scores, through_block, hops, layers)
+    kernel = synthetic_block(h_s, hops, layers)
+    mine = complete_gradient(h_s, kernel, solution, block.detach().T @ d_scores, through_block)
     for gradient, theirs in zip(mine, expected, strict=True):
         torch.testing.assert_close(gradient, theirs, rtol=1e-7, atol=1e-9)
 
