@@ -1,9 +1,10 @@
 """What a second encoding of the real texts costs if the last layers alone have adapters (`encoder.adapted_layers`).
 
-    python benchmarks/layers.py PREPARED --out benchmarks/results/layers.md
+    python benchmarks/layers.py PREPARED --runs RUN... --out benchmarks/results/layers.md
 
 Every encoder keeps, at its first encoding, what enters the first layer with adapters, in half precision on disk as
-with `kernel.fields: disk`. Then all encode again, in turn, with other adapters. One thread.
+with `kernel.fields: disk`. Then all encode again, in turn, with other adapters. One thread. ``--runs``: folders of
+`talk-dist distill`, whose validation accuracy is set beside each other.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import dataclasses
 import statistics
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import rig
 import torch
 
-from talk_dist import PreparedTag, TextEncoder, preset
+from talk_dist import PreparedTag, SyntheticTAG, TextEncoder, preset
 from talk_dist.runtime.lower import LowerStates
 
 ADAPTED = (6, 3, 2, 1)
+DISTILL = r"""talk-dist distill --data cora_cane-64 --out run-$SEED-$LAYERS --seed $SEED --preset quick \
+  --encoder.adapters true --encoder.adapted_layers $LAYERS --inner.passes 60 --outer.epochs 2 --runtime.threads 1"""
 
 
 class Case:
@@ -56,11 +61,33 @@ class Case:
         self.seconds.append(time.perf_counter() - started)
 
 
+def accuracies(runs: Sequence[Path]) -> list[str]:
+    """What runs that differ in adapted layers and seed alone reached on validation nodes."""
+    found = defaultdict(list)
+    for run in runs:
+        settings, records = SyntheticTAG.from_pretrained(str(run / "synthetic")).config["distill"], rig.records(run)
+        best = max(records, key=lambda record: record["val_accuracy"])
+        found[settings["encoder"]["adapted_layers"]].append((best["val_accuracy"], best["krr_val_accuracy"]))
+    if not found:
+        return []
+    rows = [
+        [
+            str(layers or "all"),
+            len(scores),
+            *(", ".join(f"{value:.4f}" for value in column) for column in zip(*scores, strict=True)),
+        ]
+        for layers, scores in sorted(found.items())
+    ]
+    names = ["layers with adapters", "runs", "validation accuracy of the best epoch", "its kernel predictor's"]
+    return ["Distilled with each, seed by seed:", rig.table(names, rows), f"```\n{DISTILL}\n```"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--rows", type=int, default=0, help="so many texts (0: all of the first part)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,9 +116,11 @@ def main() -> None:
             f"same round, {arguments.repeats} rounds in turn: median, least, most. Then what is kept, and the distance "
             "of encodings from it to those of whole passes with the same adapters, relative to their length.",
             rig.table(["layers with adapters, pooling", "median", "least", "most", "kept", "distance"], lines),
+            *accuracies(arguments.runs),
         ],
         f"python benchmarks/layers.py {Path(arguments.data).name} --rows {arguments.rows} --repeats "
-        f"{arguments.repeats} --out benchmarks/results/layers.md",
+        f"{arguments.repeats} --runs {' '.join(run.name for run in arguments.runs)} "
+        "--out benchmarks/results/layers.md",
     )
 
 

@@ -16,7 +16,7 @@ from talk_dist.models.shape import ModelShape
 from talk_dist.runtime.chunks import LIVE_BUFFERS, TILE_ELEMENTS, TILE_ROWS
 from talk_dist.runtime.pool import sample_size
 from talk_dist.runtime.shard import ENCODED_ROWS, PROPAGATED_BYTES, PROPAGATED_ENTRIES
-from talk_dist.runtime.speed import STEP_SECONDS, Evaluation, adapted_layers, work
+from talk_dist.runtime.speed import STEP_SECONDS, Evaluation, adapted_layers, layers_again, work
 from talk_dist.runtime.student_pass import MADE, STAGE_BYTES
 
 BASE_BYTES = 500 << 20  # a process that has used torch, transformers and torch-geometric: their code and tables
@@ -201,8 +201,7 @@ def _total(shard: dict[str, int]) -> int:
 
 def _lower(part: dict[str, Any], config: DistillConfig, model: ModelShape) -> int:
     """Bytes of what is kept of every token below the adapters."""
-    below = 0 < adapted_layers(config, model) < model.layers and not config.deepspeed.encode_texts
-    return 2 * part["tokens"] * model.width if below else 0
+    return 2 * part["tokens"] * model.width if layers_again(config, model) < model.layers else 0
 
 
 def _on_disk(part: dict[str, Any], config: DistillConfig, model: ModelShape) -> int:

@@ -39,6 +39,13 @@ def adapted_layers(config: DistillConfig, model: ModelShape) -> int:
     return min(encoder.adapted_layers or model.layers, model.layers) if encoder.adapters else 0
 
 
+def layers_again(config: DistillConfig, model: ModelShape) -> int:
+    """How many layers a real text goes through when it is encoded again: workers that encode for others keep nothing
+    of what is below the adapters."""
+    lent = config.runtime.kind == "ray" and config.deepspeed.encode_texts
+    return model.layers if lent else adapted_layers(config, model) or model.layers
+
+
 def work(
     meta: dict[str, Any], config: DistillConfig, model: ModelShape, m: int, evaluation: Evaluation | None
 ) -> tuple[dict[str, float], dict[str, int]]:
@@ -48,9 +55,7 @@ def work(
     text_tokens, t = meta["text"]["tokens"], config.synthetic.tokens
     outer, inner, adapters = config.outer, config.inner, config.encoder.adapters
     encoding = text_tokens * model.token_flop(text_tokens / max(1, nodes)) / ENCODER_SHARE
-    again = encoding  # with adapters, of what is kept below them
-    if adapters and not config.deepspeed.encode_texts:
-        again *= adapted_layers(config, model) / model.layers
+    again = encoding * layers_again(config, model) / model.layers
     forward = m * t * model.token_flop(t) / ENCODER_SHARE
     inject = 3 * forward  # once without gradient, once with, and back
     taught = outer.targets == "teacher"

@@ -130,16 +130,18 @@ def test_what_is_kept_below_the_adapters_is_counted(tags, make_encoder, make_poo
     pool, shape = make_pool(encoder, parts), ModelShape.of(encoder.model.config)
     real = [shard._lower.stretch(0, 60).values.nbytes for shard in pool.shards]
 
-    def found(fields="memory", layers=1, **deepspeed):
+    def found(fields="memory", layers=1, lent=False):
         sections = {"kernel": {"fields": fields}, "encoder": {"adapters": True, "adapted_layers": layers}}
-        return plan(tags[parts].meta, with_values(DistillConfig(), **sections, deepspeed=deepspeed), shape, 5, None)
+        if lent:
+            sections |= {"runtime": {"kind": "ray"}, "deepspeed": {"workers": 1, "encode_texts": True}}
+        return plan(tags[parts].meta, with_values(DistillConfig(), **sections), shape, 5, None)
 
     assert [shard["lower layers"] for shard in found().shards] == real
     assert found().disk == 0
     assert found("disk").disk - found("disk", layers=0).disk == sum(real)
     assert [shard["lower layers"] for shard in found("disk").shards] == [0] * parts
-    assert found("disk", layers=2).disk == found("disk", workers=1, encode_texts=True).disk
-    for other in (found(layers=2), found(workers=1, encode_texts=True)):
+    assert found("disk", layers=2).disk == found("disk", lent=True).disk
+    for other in (found(layers=2), found(lent=True)):
         assert [shard["lower layers"] for shard in other.shards] == [0] * parts
     assert found().flop["encode"] < found(layers=2).flop["encode"] == found(layers=0).flop["encode"]
     assert 2 * found().adapters == found(layers=2).adapters

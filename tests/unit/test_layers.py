@@ -244,6 +244,16 @@ def test_shards_encode_from_what_they_keep(upper, tags, tmp_path, monkeypatch, f
     assert not list(tmp_path.iterdir())
 
 
+def test_a_shard_that_is_built_anew_gives_the_same_encodings(upper, tags):
+    """To the bit: the first encoding too starts from what is kept, as one goes on after an interrupt."""
+    encoder = upper()
+    pools = [LocalPool(tags[2], encoder, KernelConfig(), RuntimeConfig()) for _ in range(2)]
+    pools[0].encode(moved(encoder, 3).adapters())
+    for pool in pools:
+        pool.encode(moved(encoder, 4).adapters())
+    np.testing.assert_array_equal(pools[0].gather(), pools[1].gather())
+
+
 # model type -> modules with adapters in one layer
 ARCHITECTURES = dict.fromkeys(("bert", "roberta", "distilbert", "mpnet", "deberta-v2", "llama", "qwen2"), 3)
 ARCHITECTURES |= {"modernbert": 1, "gpt2": 1}
