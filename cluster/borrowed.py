@@ -18,7 +18,7 @@ from talk_dist.data.tag import TokenLists
 from talk_dist.data.tokenizer import load_tokenizer
 from talk_dist.models.device import pick_device
 from talk_dist.models.encoder import token_batches
-from talk_dist.models.protocol import Adapters, Progress
+from talk_dist.models.protocol import Adapters, Lower, Progress
 
 ROUND = 8  # batches of real texts that a worker encodes between two reports of progress
 Ask = Callable[[Any, Sequence[np.ndarray]], Sequence[np.ndarray]]
@@ -56,6 +56,8 @@ class BorrowedEncoder:
     """What a `Shard` needs of an encoder, over the workers of a group. Only one actor may ask at a time: the workers
     go through their passes together."""
 
+    frozen_layers = 0  # whatever encoder.adapted_layers is: nothing is kept here of texts that are encoded elsewhere
+
     def __init__(self, lender: Lender):
         self.lender, self.config = lender, lender.config
         self.fingerprint = lender.fingerprint
@@ -66,7 +68,9 @@ class BorrowedEncoder:
     def load_adapters(self, adapters: Adapters) -> None:
         """The group has them."""
 
-    def encode_tokens(self, tokens: TokenLists, progress: Progress | None = None) -> np.ndarray:
+    def encode_tokens(
+        self, tokens: TokenLists, progress: Progress | None = None, lower: Lower | None = None
+    ) -> np.ndarray:
         return encode_over(self._ask, tokens, self.lender, progress)
 
     def _ask(self, texts: Any, batches: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -29,7 +29,7 @@ from talk_dist.data.tokenizer import load_tokenizer
 from talk_dist.errors import CapacityError, ConfigError, ShardError, TalkDistError
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
-from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
+from talk_dist.models.protocol import Adapters, FitResult, Lower, Progress, Select
 from talk_dist.resources import DeepSpeedConfig
 
 GRACE_SECONDS = 10.0  # after one rank's error: how long the others have to end, or to be found dead
@@ -55,6 +55,8 @@ class EncoderGroup:
     Raises ConfigError for settings that cannot work here and CapacityError if the cluster has no room within
     ``wait_seconds``. A call in which workers die ``attempts`` times raises ShardError.
     """
+
+    frozen_layers = 0  # whatever encoder.adapted_layers is: real texts go through all layers here
 
     def __init__(
         self,
@@ -128,8 +130,10 @@ class EncoderGroup:
 
     # -- encoding ---------------------------------------------------------------------------------------
 
-    def encode_tokens(self, tokens: TokenLists, progress: Progress | None = None) -> np.ndarray:
-        """Encodings (n, d) float32 of n token lists, in the batches of a single TextEncoder."""
+    def encode_tokens(
+        self, tokens: TokenLists, progress: Progress | None = None, lower: Lower | None = None
+    ) -> np.ndarray:
+        """Encodings (n, d) float32 of n token lists, in the batches of a single TextEncoder; all layers run."""
 
         def ask(texts: Any, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
             return self._joined("encode_batches", texts, batches)

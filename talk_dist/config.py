@@ -12,6 +12,7 @@ from typing import Any, Literal
 from talk_dist.errors import ConfigError
 from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
 from talk_dist.schema import build, check
+from talk_dist.training import InnerConfig, StudentConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class EncoderConfig:
     """LoRA dropout in the inner loop."""
     targets: tuple[str, ...] = ()
     """Names of the modules that get adapters; empty takes query, key and value of the architecture."""
+    adapted_layers: int = 0
+    """Adapters in so many of the last layers (0: in all). The layers below then run once a run for a real text: what
+    they return is kept in half precision, one vector a token, where `kernel.fields` says. A second encoding of MiniLM
+    costs what its adapted layers cost (benchmarks/results/layers.md). Workers that encode real texts themselves
+    (`deepspeed.encode_texts`) keep nothing."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast for encoder passes; `auto` takes bfloat16 where the hardware multiplies it natively."""
     batch_tokens: int = 8192
@@ -45,6 +51,7 @@ class EncoderConfig:
             "encoder",
             rank=(self.rank >= 1, self.rank, "at least 1"),
             dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
+            adapted_layers=(self.adapted_layers >= 0, self.adapted_layers, "not negative"),
             batch_tokens=(self.batch_tokens >= 1, self.batch_tokens, "at least 1"),
         )
 
@@ -165,60 +172,6 @@ class TwoStageConfig:
             token_error=(self.token_error >= 0, self.token_error, "not negative"),
             teacher_share=(0 <= self.teacher_share <= 1, self.teacher_share, "in [0, 1]"),
             validate_every=(self.validate_every >= 1, self.validate_every, "at least 1"),
-        )
-
-
-StudentKind = Literal["gcn", "sage", "sgc", "appnp", "gat"]
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """The graph neural network on top of the encoder."""
-
-    kind: StudentKind = "gcn"
-    """Architecture."""
-    hidden: int = 256
-    """Hidden width."""
-    depth: int = 2
-    """Propagation hops (APPNP: ten power iterations whatever the depth)."""
-    dropout: float = 0.5
-    """Dropout before each linear layer."""
-
-    def __post_init__(self) -> None:
-        check(
-            "student",
-            hidden=(self.hidden >= 1, self.hidden, "at least 1"),
-            depth=(self.depth >= 1, self.depth, "at least 1"),
-            dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
-        )
-
-
-@dataclass(frozen=True)
-class InnerConfig:
-    """Training adapters and student on a small set (inner loop), by AdamW and cross-entropy."""
-
-    passes: int = 200
-    """At most so many passes."""
-    gnn_lr: float = 5e-3
-    """Learning rate of the student."""
-    adapter_lr: float = 1e-4
-    """Learning rate of the adapters."""
-    weight_decay: float = 5e-4
-    """Weight decay of the student."""
-    patience: int = 20
-    """Stop after so many passes without a lower training loss."""
-    target_loss: float = 1e-3
-    """Stop below this training loss."""
-    select_every: int = 10
-    """Passes between validations where a student is selected by validation accuracy (evaluation)."""
-
-    def __post_init__(self) -> None:
-        check(
-            "inner",
-            passes=(self.passes >= 1, self.passes, "at least 1"),
-            gnn_lr=(self.gnn_lr > 0, self.gnn_lr, "positive"),
-            adapter_lr=(self.adapter_lr > 0, self.adapter_lr, "positive"),
-            patience=(self.patience >= 1, self.patience, "at least 1"),
         )
 
 

@@ -137,6 +137,7 @@ class TableEncoder:
     dtype: type = np.float64
     width: int = 8
     encoded: int = 0  # texts so far
+    frozen_layers: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self):
@@ -146,7 +147,7 @@ class TableEncoder:
     def load_adapters(self, adapters):
         assert not adapters
 
-    def encode_tokens(self, tokens, progress=None):
+    def encode_tokens(self, tokens, progress=None, lower=None):
         self.encoded += len(tokens)
         return np.stack([self.table[tokens[i]].mean(0) for i in range(len(tokens))]).astype(self.dtype)
 

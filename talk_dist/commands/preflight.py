@@ -17,6 +17,7 @@ from talk_dist.models.device import pick_device
 from talk_dist.models.protocol import Encoder
 from talk_dist.models.shape import ModelShape
 from talk_dist.runtime import estimate
+from talk_dist.runtime.fields import available_disk
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
 from talk_dist.synthetic.grid import BITS
 from talk_dist.synthetic.init import class_counts, num_synthetic
@@ -135,7 +136,7 @@ def check_memory(tag: PreparedTag, config: DistillConfig, evaluation: EvaluateCo
 
 
 def refuse_if_too_large(plan: estimate.Plan, config: DistillConfig) -> None:
-    """Raises CapacityError if what runs in this process needs more than this machine has free.
+    """Raises CapacityError if what runs in this process needs more memory, or room in `runtime.scratch`, than is free.
 
     What the actors of a cluster need, the cluster is asked for.
     """
@@ -143,6 +144,14 @@ def refuse_if_too_large(plan: estimate.Plan, config: DistillConfig) -> None:
     here = plan.whole() if config.runtime.kind == "local" else plan.driver(config.deepspeed.workers > 0)
     if available is not None and here.host > available:
         raise CapacityError(here.refusal("this" if config.runtime.kind == "local" else "the driver", available))
+    if plan.disk and config.runtime.kind == "local":
+        room = available_disk(config.runtime.scratch)
+        if plan.disk > room:
+            raise CapacityError(
+                f"this needs {estimate.gib(plan.disk)} on disk and {estimate.gib(room)} are free in "
+                f"{config.runtime.scratch or 'the folder for temporary files'}; set --runtime.scratch to a folder with "
+                "more room, or --kernel.fields memory"
+            )
 
 
 def check(

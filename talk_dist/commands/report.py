@@ -103,6 +103,7 @@ def plan(path: str, found: Plan, config: DistillConfig, available: int | None, r
     arrays = {name: sum(shard[name] for shard in found.shards) for name in found.shards[0]}
     memory = [["encoder", gib(found.model)], [f"shards ({len(found.shards)})", gib(sum(arrays.values()))]]
     memory += [[f"  {name}", gib(size)] for name, size in arrays.items()]
+    memory += [["  on disk (runtime.scratch)", gib(found.disk)]] if found.disk else []
     memory += [["driver", gib(found.driver_arrays)]]
     memory += [[f"while: {name}", gib(size)] for name, size in found.working.items()]
     processes = [[name, gib(p.host), gib(p.on_device) if p.device else "–"] for name, p in _processes(found, config)]

@@ -9,11 +9,12 @@ from typing import Any, get_args
 
 import yaml
 
-from talk_dist.config import DistillConfig, StudentKind
+from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
 from talk_dist.schema import unknown_key
 from talk_dist.synthetic.baselines import FEATURE_LEVEL
 from talk_dist.synthetic.coresets import METHODS as CORESETS
+from talk_dist.training import StudentKind
 
 Read = Callable[[list[str]], DistillConfig]  # settings of a distillation from words of a command line
 TABLES = {"prepared": "", "nodes": "", "edges": "", "max_tokens": 128, "parts": 1, "use_split_column": False}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -26,11 +26,8 @@ from talk_dist.models.device import bfloat16, give_back_memory, pick_device
 from talk_dist.models.given import GivenEncoder
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_adapters, fit_encodings
-from talk_dist.models.protocol import Adapters, Encoder, FitResult, Progress, Select
-
-# What transformers calls query, key and value projections in the usual architectures.
-ATTENTION_NAMES = {"query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "Wqkv", "c_attn"}
-ATTENTION_NAMES |= {"q", "k", "v", "query_proj", "key_proj", "value_proj"}
+from talk_dist.models.layers import Split, add_adapters, end_in_first_position, frozen_layers
+from talk_dist.models.protocol import Adapters, Encoder, FitResult, Lower, Progress, Select
 
 TRIM_EVERY = 4  # batches
 
@@ -47,9 +44,14 @@ class TextEncoder:
         self.model.requires_grad_(False)
         self.pooling = _pooling(config, self.model)
         self.width = int(self.model.config.hidden_size)
+        self.frozen_layers = frozen_layers(self.model, config)
         if config.adapters:
-            self._add_adapters()
+            add_adapters(self.model, config, self.frozen_layers)
+            self.reset_adapters(0)
+        if self.pooling == "cls":
+            end_in_first_position(self.model)
         self.model.to(self.device).eval()
+        self._split = Split(self.model, config.name, self.frozen_layers, self.device) if self.frozen_layers else None
         self.autocast = bfloat16(config.precision, self.device)
 
     @cached_property
@@ -80,23 +82,6 @@ class TextEncoder:
         return digest.hexdigest()
 
     # -- adapters ---------------------------------------------------------------------------------------
-
-    def _add_adapters(self) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        leaves = {name.rsplit(".", 1)[-1] for name, module in self.model.named_modules() if not list(module.children())}
-        targets = set(self.config.targets) or leaves & ATTENTION_NAMES
-        if not targets or not targets <= leaves:
-            missing = str(sorted(targets - leaves)) if targets else "query, key and value projections"
-            raise ConfigError(f"encoder.targets: {missing} not found in {self.config.name!r}; it has {sorted(leaves)}")
-        lora = LoraConfig(
-            r=self.config.rank,
-            lora_alpha=self.config.alpha,
-            lora_dropout=self.config.dropout,
-            target_modules=sorted(targets),
-        )
-        inject_adapter_in_model(lora, self.model)
-        self.reset_adapters(0)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of every adapter; empty in the frozen mode."""
@@ -129,25 +114,41 @@ class TextEncoder:
 
     # -- encoding ---------------------------------------------------------------------------------------
 
-    def encode_tokens(self, tokens: TokenLists, progress: Progress | None = None) -> np.ndarray:
-        """Encodings (n, d) float32 of n token lists, without gradient; exact duplicates are encoded once."""
+    def encode_tokens(
+        self, tokens: TokenLists, progress: Progress | None = None, lower: Lower | None = None
+    ) -> np.ndarray:
+        """Encodings (n, d) float32 of n token lists, without gradient; exact duplicates are encoded once.
+
+        With ``lower`` passes begin at the first layer with adapters, from what it holds of these texts; if that is
+        nothing yet, it is computed here. Raises ConfigError for values beyond its number format.
+        """
         source, batches = token_batches(tokens, self.config.batch_tokens)
         out, done, total = np.zeros((len(tokens), self.width), dtype=np.float32), 0, sum(map(len, batches))
         for index, batch in enumerate(batches):
-            out[batch] = self.encode_batch(tokens, batch)
+            out[batch] = self.encode_batch(tokens, batch, lower)
             if index % TRIM_EVERY == 0:
                 give_back_memory()
             done += len(batch)
             if progress is not None:
                 progress(done, total)
+        if lower is not None:
+            lower.filled = True
         give_back_memory()
         return out[source]
 
-    def encode_batch(self, tokens: TokenLists, rows: np.ndarray) -> np.ndarray:
+    def encode_batch(self, tokens: TokenLists, rows: np.ndarray, lower: Lower | None = None) -> np.ndarray:
         """Encodings (len(rows), d) float32 of some of the token lists, in one pass."""
         ids, mask = map(torch.from_numpy, tokens.padded(rows))
+
+        def run() -> Tensor:
+            return self._forward(mask, input_ids=ids.to(self.device))
+
         with torch.no_grad():  # not inference_mode: weights that ZeRO-3 gathers here are used with gradient later
-            return self._forward(mask, input_ids=ids.to(self.device)).float().cpu().numpy()
+            begun = (
+                nullcontext() if lower is None or self._split is None else self._split.kept(lower, tokens, rows, run)
+            )
+            with begun:
+                return run().float().cpu().numpy()
 
     def encode_embeds(
         self, x: Tensor, mask: Tensor | None = None, batch: int = 32, dropout_seed: int | None = None

@@ -21,7 +21,7 @@ from talk_dist.errors import ConfigError
 from talk_dist.models.device import pick_device
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings
-from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
+from talk_dist.models.protocol import Adapters, FitResult, Lower, Progress, Select
 
 
 class GivenEncoder:
@@ -29,6 +29,7 @@ class GivenEncoder:
     where shards compute. Raises ConfigError for another name, and for adapters: there is nothing to adapt."""
 
     pooling = "given"
+    frozen_layers = 0
 
     def __init__(self, config: EncoderConfig):
         width = given_width(config.name)
@@ -72,7 +73,9 @@ class GivenEncoder:
     def reset_adapters(self, seed: int) -> None:
         """There are none."""
 
-    def encode_tokens(self, tokens: TokenLists, progress: Progress | None = None) -> np.ndarray:
+    def encode_tokens(
+        self, tokens: TokenLists, progress: Progress | None = None, lower: Lower | None = None
+    ) -> np.ndarray:
         """Raises ConfigError: a shard takes the encodings of its partition."""
         raise ConfigError(f"encoder {self.config.name!r} reads no texts; take the one that the graph was prepared for")
 

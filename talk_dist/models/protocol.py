@@ -30,6 +30,31 @@ class FitResult:
     selected: float
 
 
+@dataclass
+class Lower:
+    """What enters the first layer with adapters, of some texts, token by token: kept by whoever has the texts. Of exact
+    duplicates the first alone has values."""
+
+    values: np.ndarray  # (tokens, d)
+    filled: bool = False
+
+    def of(self, tokens: TokenLists, rows: np.ndarray) -> np.ndarray:
+        """(tokens of these rows, d), row after row."""
+        return np.concatenate([self.values[where] for where in _places(tokens, rows)])
+
+    def put(self, tokens: TokenLists, rows: np.ndarray, values: np.ndarray) -> None:
+        """The reverse of `of`."""
+        start = 0
+        for where in _places(tokens, rows):
+            length = where.stop - where.start
+            self.values[where] = values[start : start + length]
+            start += length
+
+
+def _places(tokens: TokenLists, rows: np.ndarray) -> list[slice]:
+    return [slice(int(tokens.offsets[i]), int(tokens.offsets[i + 1])) for i in rows]
+
+
 class Encoder(Protocol):
     """`TextEncoder` is the tested truth; what spreads the work must agree with it within stated tolerances.
 
@@ -40,6 +65,7 @@ class Encoder(Protocol):
     device: torch.device
     pooling: str
     width: int
+    frozen_layers: int  # layers below all adapters; 0 if texts are to be encoded without `lower`
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -65,8 +91,10 @@ class Encoder(Protocol):
     def load_adapters(self, adapters: Adapters) -> None: ...
     def reset_adapters(self, seed: int) -> None: ...
 
-    def encode_tokens(self, tokens: TokenLists, progress: Progress | None = None) -> np.ndarray:
-        """Encodings (n, d) float32 of n texts."""
+    def encode_tokens(
+        self, tokens: TokenLists, progress: Progress | None = None, lower: Lower | None = None
+    ) -> np.ndarray:
+        """Encodings (n, d) float32 of n texts; from the second time on what ``lower`` holds of them is not computed."""
 
     def encode_embeds(
         self, x: Tensor, mask: Tensor | None = None, batch: int = 32, dropout_seed: int | None = None

@@ -17,7 +17,7 @@ from talk_dist.runtime.chunks import LIVE_BUFFERS, TILE_ELEMENTS, TILE_ROWS
 from talk_dist.runtime.pool import sample_size
 from talk_dist.runtime.propagate import PROPAGATED_BYTES, PROPAGATED_ENTRIES
 from talk_dist.runtime.shard import ENCODED_ROWS
-from talk_dist.runtime.speed import STEP_SECONDS, Evaluation, work
+from talk_dist.runtime.speed import STEP_SECONDS, Evaluation, adapted_layers, layers_again, work
 from talk_dist.runtime.student_pass import MADE, STAGE_BYTES
 
 BASE_BYTES = 500 << 20  # a process that has used torch, transformers and torch-geometric: their code and tables
@@ -96,6 +96,7 @@ class Plan:
     flop: dict[str, float]
     steps: dict[str, int]  # training steps, each with a least duration
     device: bool
+    disk: int  # below runtime.scratch, of all shards together
 
     def whole(self) -> Process:
         """The one process of a local run."""
@@ -159,12 +160,12 @@ def plan(
     )
     label = 4 * classes if soft else 1 if classes <= 256 else 2 if classes <= 2**15 else 4
     driver = 7 * tokens_bytes + 8 * m * model.width * 8  # Adam, gradient, best; encodings and their gradients
-    adapters = 3 * 2 * 4 * config.encoder.rank * model.width * model.layers if config.encoder.adapters else 0
+    adapters = 3 * 2 * 4 * config.encoder.rank * model.width * adapted_layers(config, model)
     flop, steps = work(meta, config, model, m, evaluation)
     return Plan(
         nodes=m,
         artifact_bytes=m * (t * stored + label),
-        shards=[_shard(part, meta, config, model.width) for part in meta["parts"]],
+        shards=[_shard(part, meta, config, model) for part in meta["parts"]],
         model=model.bytes,
         adapters=adapters,
         driver_arrays=driver,
@@ -177,6 +178,7 @@ def plan(
         flop=flop,
         steps=steps,
         device=device,
+        disk=sum(_on_disk(part, config, model) for part in meta["parts"]),
     )
 
 
@@ -198,9 +200,23 @@ def _total(shard: dict[str, int]) -> int:
     return sum(size for name, size in shard.items() if name != "halo")  # halo: on its way, not held
 
 
-def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, width: int) -> dict[str, int]:
+def _lower(part: dict[str, Any], config: DistillConfig, model: ModelShape) -> int:
+    """Bytes of what is kept of every token below the adapters."""
+    return 2 * part["tokens"] * model.width if layers_again(config, model) < model.layers else 0
+
+
+def _on_disk(part: dict[str, Any], config: DistillConfig, model: ModelShape) -> int:
+    """Bytes of a shard's fields in half precision, where they are files."""
+    if config.kernel.fields == "memory":
+        return 0
+    local, kernel = part["nodes"] + part["halo"], config.kernel
+    columns = (2 + kernel.hops - kernel.rounds) * model.width + 2 * max(config.student.hidden, model.width)
+    return 2 * local * columns + _lower(part, config, model)
+
+
+def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, model: ModelShape) -> dict[str, int]:
     own, local, entries = part["nodes"], part["nodes"] + part["halo"], part["entries"]
-    kernel, item = config.kernel, 8 if config.kernel.precision == "float64" else 4
+    kernel, width, item = config.kernel, model.width, 8 if config.kernel.precision == "float64" else 4
     alone, here = kernel.rounds == 1, local if kernel.fields == "memory" else 0
     column = 4 if local < 1 << 31 else 8
     given = {"encodings": 2 * own * width if here else 0} if meta.get("encodings") else {}
@@ -211,6 +227,7 @@ def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, wi
         "H": 4 * here * width,
         "Z": item * here * width,
         "hops before": item * here * width * (kernel.hops - kernel.rounds),
+        "lower layers": _lower(part, config, model) if kernel.fields == "memory" else 0,
         "norms": item * local * kernel.rounds,
         "targets": 4 * own * len(meta["classes"]) if config.outer.targets == "teacher" else 0,
         "student": 4 * here * 3 * max(config.student.hidden, width),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -62,3 +63,12 @@ class Fields:
     def share(self, name: str, source: str) -> None:
         """``name`` is ``source``, until one of them is written anew."""
         self._arrays[name] = self._arrays[source]
+
+
+def available_disk(scratch: str) -> int:
+    """Bytes that are free in the folder ``scratch`` (empty: the system's for temporary files). Raises ConfigError if
+    there is none."""
+    try:
+        return shutil.disk_usage(scratch or tempfile.gettempdir()).free
+    except OSError as error:
+        raise ConfigError(f"runtime.scratch = {scratch!r}: {error.strerror}") from error

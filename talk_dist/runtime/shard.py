@@ -6,7 +6,6 @@ are pure in their arguments and in the current encoding; arrays that cross its b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from itertools import pairwise
 
@@ -30,11 +29,12 @@ from talk_dist.kernel.sntk import (
 )
 from talk_dist.models.gnn import self_loops
 from talk_dist.models.inner import one_hot
-from talk_dist.models.protocol import Adapters, Encoder
+from talk_dist.models.protocol import Adapters, Encoder, Progress
 from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, StudentState
 from talk_dist.runtime.chunks import Chunk, Chunks
 from talk_dist.runtime.encodings import EncodingCache
 from talk_dist.runtime.fields import Fields
+from talk_dist.runtime.lower import LowerStates
 from talk_dist.runtime.propagate import propagate
 from talk_dist.runtime.student_pass import StudentPass
 
@@ -76,10 +76,13 @@ class Shard:
         self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if kept else None
         self._fields = Fields(len(self._depth), spec.kernel.fields == "disk", spec.scratch)
         self._encoded_with: str | None = None
+        self._lower = None
+        if encoder.frozen_layers:
+            self._lower = LowerStates(part.tokens, encoder.width, spec.kernel.fields == "disk", spec.scratch)
 
     # -- encoding and halo exchange -----------------------------------------------------------------------
 
-    def encode(self, adapters: Adapters, progress: Callable[[int, int], None] | None = None) -> bool:
+    def encode(self, adapters: Adapters, progress: Progress | None = None) -> bool:
         """Encode own texts with these adapters, or take the encodings that the nodes bring; False if that is what the
         shard already holds."""
         version = EncodingCache.version(adapters)
@@ -95,7 +98,7 @@ class Shard:
         self._encoded_with = version
         return True
 
-    def _encoded(self, start: int, adapters: Adapters, progress: Callable[[int, int], None] | None) -> np.ndarray:
+    def _encoded(self, start: int, adapters: Adapters, progress: Progress | None) -> np.ndarray:
         """Encodings of the stretch of own nodes that begins with ``start``."""
         stop = start + ENCODED_ROWS
         if self.part.encodings is not None:
@@ -106,7 +109,8 @@ class Shard:
                 progress(start + done, self.part.num_own)
 
         def compute() -> np.ndarray:
-            return self.encoder.encode_tokens(self.part.tokens.slice(start, stop), tell)
+            lower = self._lower.stretch(start, stop) if self._lower else None
+            return self.encoder.encode_tokens(self.part.tokens.slice(start, stop), tell, lower)
 
         return compute() if adapters or self._cache is None else self._cache.get(self.encoder, start, compute)
 

@@ -33,6 +33,19 @@ class Evaluation(Protocol):
     def full_epochs(self) -> int: ...
 
 
+def adapted_layers(config: DistillConfig, model: ModelShape) -> int:
+    """How many layers have adapters."""
+    encoder = config.encoder
+    return min(encoder.adapted_layers or model.layers, model.layers) if encoder.adapters else 0
+
+
+def layers_again(config: DistillConfig, model: ModelShape) -> int:
+    """How many layers a real text goes through when it is encoded again: workers that encode for others keep nothing
+    of what is below the adapters."""
+    lent = config.runtime.kind == "ray" and config.deepspeed.encode_texts
+    return model.layers if lent else adapted_layers(config, model) or model.layers
+
+
 def work(
     meta: dict[str, Any], config: DistillConfig, model: ModelShape, m: int, evaluation: Evaluation | None
 ) -> tuple[dict[str, float], dict[str, int]]:
@@ -42,6 +55,7 @@ def work(
     text_tokens, t = meta["text"]["tokens"], config.synthetic.tokens
     outer, inner, adapters = config.outer, config.inner, config.encoder.adapters
     encoding = text_tokens * model.token_flop(text_tokens / max(1, nodes)) / ENCODER_SHARE
+    again = encoding * layers_again(config, model) / model.layers
     forward = m * t * model.token_flop(t) / ENCODER_SHARE
     inject = 3 * forward  # once without gradient, once with, and back
     taught = outer.targets == "teacher"
@@ -58,7 +72,7 @@ def work(
     lessons = (1 + epochs if adapters else 1) if taught else int(softened)
     lesson = inner.passes * 6.0 * train * config.student.hidden * (model.width + classes) / SMALL_SHARE
     lesson += (inner.passes // inner.select_every + 1) * scores
-    flop = {"encode": encoding * (1 + epochs if adapters else 1), "initialise": lessons * lesson}
+    flop = {"encode": encoding + (again * epochs if adapters else 0.0), "initialise": lessons * lesson}
     steps = {"outer epochs": epochs * inner.passes, "initialise": lessons * inner.passes}
     if config.synthetic.init == "two-stage":
         two, discrete = config.two_stage, config.synthetic.discrete
@@ -74,8 +88,8 @@ def work(
         one = evaluation.recipe.passes * ((3 * forward if adapters else 0.0) + student) + checks * scores
         whole = 3 * evaluation.recipe.passes * scores + checks * scores
         if adapters:
-            one += 2 * encoding - checks * scores
-            whole = evaluation.full_epochs * (3 * train / nodes + 1) * encoding + 2 * encoding
+            one += 2 * again - checks * scores
+            whole = evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again
         full = "full" in evaluation.against
         flop["evaluate"] = evaluation.seeds * (small * one + full * whole)
         steps["evaluate"] = evaluation.seeds * evaluation.recipe.passes * (small + full)

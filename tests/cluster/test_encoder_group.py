@@ -219,6 +219,24 @@ def test_a_frozen_model(group, make_encoder, nodes, monkeypatch):
     reload(group)
 
 
+@pytest.mark.parametrize("group", [(2, 1), (2, 3)], indirect=True, ids=ids)
+def test_adapters_on_the_last_layer_and_cls_pooling(group, make_encoder, nodes, tags, monkeypatch):
+    """Real texts go through all layers there: what is below the adapters is kept by none of the workers."""
+    x, mask, d, _ = nodes
+    settings = {"adapted_layers": 1, "pooling": "cls"}
+    single, exact = make_encoder(**SETTINGS, **settings), group.settings.stage < 3
+    monkeypatch.setattr(group, "config", replace(group.config, **settings))
+    monkeypatch.setattr(group, "_adapters", single.adapters())
+    reload(group)
+    move(single, group)
+    assert (group.frozen_layers, single.frozen_layers) == (0, 1)
+    same(group.encode_tokens(tags[1].partition(0).tokens), single.encode_tokens(tags[1].partition(0).tokens), exact)
+    same(group.inject(x, d, mask, BATCH), single.inject(x, d, mask, BATCH), exact)
+    agree(fit(group, nodes, 3), fit(single, nodes, 3))
+    monkeypatch.undo()
+    reload(group)
+
+
 # -- when something breaks --------------------------------------------------------------------------------
 
 

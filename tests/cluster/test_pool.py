@@ -84,6 +84,22 @@ def test_four_parts_in_actors_give_the_local_answers_to_the_bit(four, adapted, p
         assert same(answers(pool, adapters), answers(local, adapters))
 
 
+@pytest.mark.parametrize("fields", ["memory", "disk"])
+def test_actors_keep_what_is_below_the_adapters(four, make_encoder, make_ray_pool, tmp_path, fields):
+    """To the bit what one process keeps, at the first encoding and from it at the second."""
+    encoder = make_encoder(adapters=True, adapted_layers=1)
+    runtime, kernel = RuntimeConfig(threads=1, cache=False, scratch=str(tmp_path)), KernelConfig(fields=fields)
+    local = LocalPool(four, encoder, kernel, runtime)
+    pool = make_ray_pool(four, encoder, kernel=kernel)
+    try:
+        for seed in (3, 4):
+            encoder.reset_adapters(seed)
+            adapters = {name: value + 0.01 * seed for name, value in encoder.adapters().items()}
+            assert same(answers(pool, adapters), answers(local, adapters))
+    finally:
+        pool.close()
+
+
 def test_one_local_part_gives_the_same_within_rounding(tags, adapted, pool):
     h_s, dual = torch.randn(5, WIDTH).numpy(), torch.randn(5, 3).double().numpy()
     results = []

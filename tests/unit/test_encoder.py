@@ -224,7 +224,7 @@ def test_unknown_targets_are_refused_with_what_there_is(make_encoder, monkeypatc
     """A misspelt name, even beside a good one; and an architecture that names its projections otherwise."""
     with pytest.raises(ConfigError, match=r"encoder\.targets: \['querry'\] not found .* 'query'"):
         make_encoder(adapters=True, targets=("query", "querry"))
-    monkeypatch.setattr("talk_dist.models.encoder.ATTENTION_NAMES", {"Q"})
+    monkeypatch.setattr("talk_dist.models.layers.ATTENTION_NAMES", {"Q"})
     with pytest.raises(ConfigError, match=r"encoder\.targets: query, key and value projections not found .* 'query'"):
         make_encoder(adapters=True)
 

@@ -10,7 +10,7 @@ import torch
 
 from talk_dist.commands import preflight
 from talk_dist.config import DistillConfig
-from talk_dist.errors import CapacityError
+from talk_dist.errors import CapacityError, ConfigError
 from talk_dist.evaluate import EvaluateConfig
 from talk_dist.models.shape import ModelShape
 from talk_dist.presets import preset
@@ -121,6 +121,55 @@ def test_fields_on_disk_are_not_held(tags):
     for shard, counted in zip(there.shards, plan(meta, DistillConfig(), MINILM, 5, None).shards, strict=True):
         assert [shard[name] for name in ("H", "Z", "hops before", "student")] == [0] * 4
         assert {**counted, **shard} == {**counted, "H": 0, "Z": 0, "hops before": 0, "student": 0}
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_what_is_kept_below_the_adapters_is_counted(tags, make_encoder, make_pool, parts):
+    """In memory with the shard, on disk with the rest; not without frozen layers, nor where workers encode."""
+    encoder = make_encoder(adapters=True, adapted_layers=1)
+    pool, shape = make_pool(encoder, parts), ModelShape.of(encoder.model.config)
+    real = [shard._lower.stretch(0, 60).values.nbytes for shard in pool.shards]
+
+    def found(fields="memory", layers=1, lent=False):
+        sections = {"kernel": {"fields": fields}, "encoder": {"adapters": True, "adapted_layers": layers}}
+        if lent:
+            sections |= {"runtime": {"kind": "ray"}, "deepspeed": {"workers": 1, "encode_texts": True}}
+        return plan(tags[parts].meta, with_values(DistillConfig(), **sections), shape, 5, None)
+
+    assert [shard["lower layers"] for shard in found().shards] == real
+    assert found().disk == 0
+    assert found("disk").disk - found("disk", layers=0).disk == sum(real)
+    assert [shard["lower layers"] for shard in found("disk").shards] == [0] * parts
+    assert found("disk", layers=2).disk == found("disk", lent=True).disk
+    for other in (found(layers=2), found(lent=True)):
+        assert [shard["lower layers"] for shard in other.shards] == [0] * parts
+    assert found().flop["encode"] < found(layers=2).flop["encode"] == found(layers=0).flop["encode"]
+    assert 2 * found().adapters == found(layers=2).adapters
+
+
+@pytest.mark.parametrize(("architecture", "hops"), [("sgc", 2), ("sgc", 3), ("gcn", 2)])
+def test_room_on_disk_is_that_of_the_files(tags, make_encoder, make_pool, architecture, hops):
+    """Of encodings and what propagation makes of them; a student's come and go."""
+    config = with_values(DistillConfig(), kernel={"fields": "disk", "architecture": architecture, "hops": hops})
+    encoder = make_encoder()
+    pool, shape = make_pool(encoder, 2, architecture=architecture, hops=hops, fields="disk"), encoder.model.config
+    files = sum(2 * shard._fields[name].size for shard in pool.shards for name in field_names(config.kernel))
+    students = sum(2 * 2 * max(config.student.hidden, 32) * shard._fields.rows for shard in pool.shards)
+    assert plan(tags[2].meta, config, ModelShape.of(shape), 5, None).disk == files + students
+
+
+def test_what_does_not_fit_the_disk_is_refused(tags, tmp_path, monkeypatch):
+    """A run in this process; a folder that is not there is named."""
+    config = with_values(DistillConfig(), kernel={"fields": "disk"}, runtime={"scratch": str(tmp_path)})
+    found = plan(tags[1].meta, config, MINILM, 5, None)
+    preflight.refuse_if_too_large(found, config)
+    monkeypatch.setattr(preflight, "available_disk", lambda scratch: found.disk - 1)
+    with pytest.raises(CapacityError, match=r"KiB on disk and .* are free in .*set --runtime\.scratch to a folder"):
+        preflight.refuse_if_too_large(found, config)
+    monkeypatch.undo()
+    gone = with_values(config, runtime={"scratch": str(tmp_path / "gone")})
+    with pytest.raises(ConfigError, match=r"runtime\.scratch = '.*gone': No such file or directory"):
+        preflight.refuse_if_too_large(found, gone)
 
 
 def test_object_stores(tags):

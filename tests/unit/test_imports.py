@@ -17,7 +17,7 @@ CLUSTER = sorted(ROOT.with_name("cluster").glob("*.py"))
 FLOORS = [
     {"errors"},
     {"schema", "page"},
-    {"resources"},
+    {"resources", "training"},
     {"config"},
     {"presets"},
     {"kernel"},

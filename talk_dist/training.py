@@ -1,0 +1,61 @@
+"""Settings of a student and of its training, here and wherever one is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from talk_dist.schema import check
+
+StudentKind = Literal["gcn", "sage", "sgc", "appnp", "gat"]
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The graph neural network on top of the encoder."""
+
+    kind: StudentKind = "gcn"
+    """Architecture."""
+    hidden: int = 256
+    """Hidden width."""
+    depth: int = 2
+    """Propagation hops (APPNP: ten power iterations whatever the depth)."""
+    dropout: float = 0.5
+    """Dropout before each linear layer."""
+
+    def __post_init__(self) -> None:
+        check(
+            "student",
+            hidden=(self.hidden >= 1, self.hidden, "at least 1"),
+            depth=(self.depth >= 1, self.depth, "at least 1"),
+            dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
+        )
+
+
+@dataclass(frozen=True)
+class InnerConfig:
+    """Training adapters and student on a small set (inner loop), by AdamW and cross-entropy."""
+
+    passes: int = 200
+    """At most so many passes."""
+    gnn_lr: float = 5e-3
+    """Learning rate of the student."""
+    adapter_lr: float = 1e-4
+    """Learning rate of the adapters."""
+    weight_decay: float = 5e-4
+    """Weight decay of the student."""
+    patience: int = 20
+    """Stop after so many passes without a lower training loss."""
+    target_loss: float = 1e-3
+    """Stop below this training loss."""
+    select_every: int = 10
+    """Passes between validations where a student is selected by validation accuracy (evaluation)."""
+
+    def __post_init__(self) -> None:
+        check(
+            "inner",
+            passes=(self.passes >= 1, self.passes, "at least 1"),
+            gnn_lr=(self.gnn_lr > 0, self.gnn_lr, "positive"),
+            adapter_lr=(self.adapter_lr > 0, self.adapter_lr, "positive"),
+            patience=(self.patience >= 1, self.patience, "at least 1"),
+        )
