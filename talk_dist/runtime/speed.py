@@ -55,7 +55,7 @@ def work(
     text_tokens, t = meta["text"]["tokens"], config.synthetic.tokens
     outer, inner, adapters = config.outer, config.inner, config.encoder.adapters
     encoding = text_tokens * model.token_flop(text_tokens / max(1, nodes)) / ENCODER_SHARE
-    again = encoding * layers_again(config, model) / model.layers
+    again = encoding * layers_again(config, model) / max(1, model.layers)
     forward = m * t * model.token_flop(t) / ENCODER_SHARE
     inject = 3 * forward  # once without gradient, once with, and back
     taught = outer.targets == "teacher"
