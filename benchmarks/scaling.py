@@ -5,8 +5,7 @@
 Graphs of benchmarks/powerlaw.py, ten edges a node, encodings of width 128 given, M = 1 % of N. For every N: generate,
 prepare, load, propagate, start from class centres, ten outer steps, a student and its validation on all nodes. Each
 size runs in a process of its own, with encodings on disk (`kernel.fields: disk`). Anonymous memory is what a process
-cannot give back; resident memory counts what it has mapped from disk too. Writes OUT.json, OUT.svg and, with lines
-fitted to all sizes but the largest, a table to the standard output.
+cannot give back; resident memory counts what it has mapped from disk too. Writes OUT.json and OUT.png, prints a table.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rig
 import torch
 from powerlaw import PowerLaw, write
 
@@ -69,7 +69,7 @@ class Watch:
         print(f"  {name:10} {took:8.1f} s, {peaks['anonymous'] / 2**30:5.2f} GiB", file=sys.stderr, flush=True)
 
 
-def one(nodes: int, scratch: Path, threads: int) -> dict[str, Any]:
+def measured(nodes: int, scratch: Path, threads: int) -> dict[str, Any]:
     """All phases for a graph of ``nodes`` nodes."""
     torch.set_num_threads(threads)
     tables, prepared, watch = scratch / "tables", scratch / "prepared", Watch()
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(one(arguments.one, arguments.scratch, arguments.threads)))
+        print(json.dumps(measured(arguments.one, arguments.scratch, arguments.threads)))
         return
     found = []
     for nodes in arguments.nodes:
@@ -172,19 +172,28 @@ def main() -> None:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Seconds by phase, a column for each size, and the growth from the last size but one to the last over N's."""
-    names = list(found[0]["phases"])
-    lines = ["| | " + " | ".join(f"N = {one['nodes']:,}" for one in found) + " |", "| --- |" + " ---: |" * len(found)]
-    for name in names:
-        lines.append(f"| {name}, s | " + " | ".join(f"{one['phases'][name]['seconds']:.2f}" for one in found) + " |")
+    """A column for each size; of the largest, seconds over what the line through the two before it foretells."""
+    last = [""] if len(found) < 3 else ["measured / foretold"]
+    lines = [["", *(f"N = {one['nodes']:,}" for one in found), *last]]
+    for name in found[0]["phases"]:
+        took = [one["phases"][name]["seconds"] for one in found]
+        lines.append([f"{name}, s", *(f"{seconds:.2f}" for seconds in took), *foretold(found, took)])
+    total = [sum(phase["seconds"] for phase in one["phases"].values()) for one in found]
+    lines.append(["all of it, s", *(f"{seconds:.1f}" for seconds in total), *foretold(found, total)])
     for kind in ("anonymous", "resident"):
         peaks = [max(phase[kind] for phase in one["phases"].values()) / 2**30 for one in found]
-        lines.append(f"| peak {kind} memory, GiB | " + " | ".join(f"{peak:.2f}" for peak in peaks) + " |")
-    steps = [max(one["phases"]["steps"]["anonymous"], 0) / 2**30 for one in found]
-    lines.append("| of it in steps, GiB | " + " | ".join(f"{peak:.2f}" for peak in steps) + " |")
-    for name in ("synthetic", "blocks", "krr before", "krr after", "student"):
-        lines.append(f"| {name} | " + " | ".join(f"{one[name]:.3f}".removesuffix(".000") for one in found) + " |")
-    return "\n".join(lines)
+        lines.append([f"peak {kind} memory, GiB", *(f"{peak:.2f}" for peak in peaks), *([""] if last else [])])
+    for name in ("synthetic", "blocks", "rows", "krr before", "krr after", "student"):
+        shown = [f"{one[name]:,.3f}".removesuffix(".000") for one in found]
+        lines.append([name, *shown, *([""] if last else [])])
+    return rig.table(lines[0], lines[1:])
+
+
+def foretold(found: list[dict[str, Any]], values: list[float]) -> list[str]:
+    if len(found) < 3:
+        return [""]
+    (n1, n2, n3), (v1, v2, v3) = (one["nodes"] for one in found[-3:]), values[-3:]
+    return [f"{v3 / (v2 + (v2 - v1) / (n2 - n1) * (n3 - n2)):.2f}"]
 
 
 if __name__ == "__main__":

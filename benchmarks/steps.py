@@ -3,8 +3,8 @@
     python benchmarks/steps.py PREPARED --out benchmarks/results/steps.md
 
 A step is `loss_and_grads`: kernel blocks against M = 1 % synthetic nodes and their gradients. Beside it the time of
-its three matrix products (kernel block, and the gradients through it) at the speed of a large product in the same
-run. One thread.
+its two matrix products (kernel block, and the gradient through it) at the speed of a large product in the same run.
+One thread.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
         rate = max(rate, product_rate())
         for (kind, rows), found in seconds.items():
             folds = max(1, round(train / rows)) if rows else 1
-            loss = LossSpec("mse", fold=turn % folds, folds=folds)
+            loss = LossSpec("mse", fold=(turn % folds, folds))
             pools[kind].loss_and_grads(h_s, dual, loss)  # plans this fold
             started = time.perf_counter()
             taken = pools[kind].loss_and_grads(h_s, dual, loss).num_rows
@@ -70,7 +70,7 @@ def main() -> None:
     table = []
     for (kind, rows), found in seconds.items():
         ratio = sorted(value / base for value in found[1:])
-        products = 6 * min(rows or train, train) * m * width / rate
+        products = 4 * min(rows or train, train) * m * width / rate
         share = f"{products / statistics.median(found[1:]):.2f}"
         spread = [f"{ratio[place]:.3f}" for place in (len(ratio) // 2, 0, -1)]
         table.append([f"{kind}, {f'{rows:,}' if rows else 'all'} rows", *spread, share])
@@ -78,7 +78,7 @@ def main() -> None:
         arguments.out,
         f"A step of the kernel on {tag.meta['name']}: {train:,} training rows × {m:,} synthetic nodes",
         [
-            "Seconds relative to the median of the first row; the rows take turns. Last column: the three products of "
+            "Seconds relative to the median of the first row; the rows take turns. Last column: the two products of "
             "training rows with synthetic nodes, at the speed of a large product in this run, as a share of the step.",
             rig.table(["kernel", "median", "fastest", "slowest", "products"], table),
             f"Propagation and norms, once an encoding: sgc takes {norms['sgc'] / norms['gcn']:.2f} of gcn's time.",

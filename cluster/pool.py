@@ -25,7 +25,7 @@ from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.errors import ShardError
 from talk_dist.models.protocol import Adapters, Progress
 from talk_dist.resources import ClusterConfig, RuntimeConfig
-from talk_dist.runtime.boundary import LossSpec, ShardGrads, ShardSpec, StudentState
+from talk_dist.runtime.boundary import LossSpec, ShardGrads, ShardSpec, Share, StudentState
 from talk_dist.runtime.encodings import EncodingCache
 from talk_dist.runtime.estimate import gib
 from talk_dist.runtime.meter import Meter
@@ -100,8 +100,8 @@ class RayPool:
         arguments = self._broadcast(h_s), self._broadcast(dual), loss
         return add_grads(self._ask("loss_and_grads", *arguments, phase="kernel"))
 
-    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
-        return add(self._ask("krr_scores", self._broadcast(h_s), self._broadcast(dual), split))
+    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str, block: Share = (0, 1)) -> np.ndarray:
+        return add(self._ask("krr_scores", self._broadcast(h_s), self._broadcast(dual), split, block))
 
     def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
         state, stages, failures = self._broadcast(student), student.build().num_stages, Failures()

@@ -31,7 +31,7 @@ from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback
 from talk_dist.runtime.checkpoint import Checkpoint
 from talk_dist.runtime.outer import accuracy, student_accuracy
-from talk_dist.runtime.pool import ShardPool
+from talk_dist.runtime.pool import ShardPool, add
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.coresets import class_centres, sample_for
 from talk_dist.synthetic.init import class_counts, one_hot_labels
@@ -157,8 +157,10 @@ def ridge_scores(
     counts = class_counts(pool.tag, config.synthetic.size)
     y_s, blocks = one_hot_labels(counts), config.kernel.blocks(int(counts.sum()))
     h_s = torch.from_numpy(class_centres(sample_for(pool, counts, config.seed), counts, config.seed, blocks))
-    duals = torch.empty(len(ladder), *y_s.shape, dtype=torch.float64)
+    counts_of = []
     for block in range(blocks):
-        k_ss = synthetic_kernel(h_s[block::blocks].double(), config.kernel.rounds, config.kernel.layers)
-        duals[:, block::blocks] = ridge_path(k_ss, y_s[block::blocks], ladder)
-    return dict(zip(ladder, map(accuracy, pool.krr_scores(h_s.numpy(), duals.numpy(), "val")), strict=True))
+        own = slice(block, None, blocks)
+        k_ss = synthetic_kernel(h_s[own].double(), config.kernel.rounds, config.kernel.layers)
+        duals = ridge_path(k_ss, y_s[own], ladder)
+        counts_of.append(pool.krr_scores(h_s[own].numpy(), duals.numpy(), "val", (block, blocks)))
+    return dict(zip(ladder, map(accuracy, add(counts_of)), strict=True))

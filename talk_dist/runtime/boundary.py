@@ -22,16 +22,19 @@ class ShardSpec:
     scratch: str = ""  # folder of fields on disk
 
 
+Share = tuple[int, int]  # which one, of how many
+
+
 @dataclass(frozen=True)
 class LossSpec:
     """Which loss, its current log temperature, and what the scores are compared with: "labels" of the training rows,
-    or what the "teacher" says of every row; of these rows those in ``fold``, one of ``folds`` parts at random."""
+    or what the "teacher" says of every row; of these rows a share at random, of which another."""
 
     kind: str
     log_temperature: float = 0.0
     targets: str = "labels"
-    fold: int = 0
-    folds: int = 1
+    fold: Share = (0, 1)  # of the block's rows
+    block: Share = (0, 1)
 
     @property
     def split(self) -> str:

@@ -15,12 +15,12 @@ from talk_dist.config import KernelConfig
 from talk_dist.data.splits import hash_ids
 from talk_dist.data.tag import Partition
 from talk_dist.kernel.sntk import Hop, between_directions
+from talk_dist.runtime.boundary import Share
 
 FOLD_SEED = -1  # no split's
 LIVE_BUFFERS = 12  # arrays of the size (rows, M) that a kernel block with gradient holds at its peak
 TILE_ELEMENTS = 1 << 18  # of a block whose rows are independent: it stays in the cores' caches
 TILE_ROWS = 256  # at least, or its products are slow
-Share = tuple[int, int]  # which one, of how many
 
 
 @dataclass(frozen=True)

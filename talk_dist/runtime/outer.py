@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -15,8 +15,8 @@ from talk_dist.config import DistillConfig
 from talk_dist.kernel.krr import DualSolution, complete_gradient, dual_coefficients, loss_scale
 from talk_dist.kernel.sntk import KernelBlock, symmetric, synthetic_block
 from talk_dist.models.gnn import Student
-from talk_dist.runtime.boundary import LossSpec, StudentState
-from talk_dist.runtime.pool import ShardPool
+from talk_dist.runtime.boundary import LossSpec, Share, StudentState
+from talk_dist.runtime.pool import ShardPool, add
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,27 @@ class Objective:
     def __call__(self, h_s: Tensor, y_s: Tensor, log_temperature: float, step: int = 0) -> OuterGradient:
         """Loss and gradient at encodings ``h_s`` (M, d) and labels ``y_s`` (M, C), over the real rows whose turn it is
         in this ``step``: all of them, unless `outer.rows` says otherwise."""
-        outer = self.config.outer
-        h_s, meter, blocks = h_s.cpu(), self.pool.meter, self.config.kernel.blocks(len(h_s))
-        with meter.time("solve"):
-            solutions = self._solve(h_s, y_s)
+        outer, meter, h_s = self.config.outer, self.pool.meter, h_s.cpu()
         folds = self.folds(len(h_s))
-        loss = LossSpec(outer.loss, log_temperature, outer.targets, step % folds, folds)
-        sums = self.pool.loss_and_grads(
-            h_s.numpy(), interleaved([solution.dual for _, solution in solutions]).numpy(), loss
+        loss = LossSpec(outer.loss, log_temperature, outer.targets, (step % folds, folds))
+        total, rows, d_log_temperature, d_hs, d_ys = (
+            0.0,
+            0,
+            0.0,
+            torch.zeros_like(h_s).double(),
+            torch.zeros(y_s.shape).double(),
         )
-        scale = loss_scale(outer.loss, sums.num_rows, y_s.shape[1])
-        d_dual, d_hs = scale * torch.from_numpy(sums.d_dual), scale * torch.from_numpy(sums.d_hs)
-        with meter.time("solve"):
-            gradients = [
-                complete_gradient(h_s[i::blocks], block, solution, d_dual[i::blocks], d_hs[i::blocks])
-                for i, (block, solution) in enumerate(solutions)
-            ]
-        all_hs, all_ys = (interleaved(list(each)) for each in zip(*gradients, strict=True))
-        return OuterGradient(scale * sums.loss, all_hs, all_ys, scale * sums.d_log_temperature)
+        for block, own in self._blocks(len(h_s)):
+            with meter.time("solve"):
+                kernel, solution = self._solve(h_s[own], y_s[own])
+            sums = self.pool.loss_and_grads(h_s[own].numpy(), solution.dual.numpy(), replace(loss, block=block))
+            with meter.time("solve"):
+                d_dual, through_rows = torch.from_numpy(sums.d_dual), torch.from_numpy(sums.d_hs)
+                d_hs[own], d_ys[own] = complete_gradient(h_s[own], kernel, solution, d_dual, through_rows)
+            total, rows = total + sums.loss, rows + sums.num_rows
+            d_log_temperature += sums.d_log_temperature
+        scale = loss_scale(outer.loss, rows, y_s.shape[1])
+        return OuterGradient(scale * total, scale * d_hs, scale * d_ys, scale * d_log_temperature)
 
     def folds(self, num_synthetic: int) -> int:
         """Steps in which every real row has its turn."""
@@ -68,27 +71,21 @@ class Objective:
         return max(1, round(rows / a_step)) if outer.rows else 1
 
     def krr_counts(self, h_s: Tensor, y_s: Tensor, split: str) -> np.ndarray:
-        """Confusion counts (C, C) of the kernel predictor on ``split``."""
-        h_s = h_s.cpu()
-        dual = interleaved([solution.dual for _, solution in self._solve(h_s, y_s)])
-        return self.pool.krr_scores(h_s.numpy(), dual.numpy(), split)
+        """Confusion counts (C, C) of the kernel predictor on ``split``, of each row by that of its block."""
+        h_s, counts = h_s.cpu(), []
+        for block, own in self._blocks(len(h_s)):
+            _, solution = self._solve(h_s[own], y_s[own])
+            counts.append(self.pool.krr_scores(h_s[own].numpy(), solution.dual.numpy(), split, block))
+        return add(counts)
 
-    def _solve(self, h_s: Tensor, y_s: Tensor) -> list[tuple[KernelBlock, DualSolution]]:
-        """Of each block (`KernelConfig.blocks`)."""
-        kernel, blocks = self.config.kernel, self.config.kernel.blocks(len(h_s))
-        found = []
-        for i in range(blocks):
-            block = synthetic_block(h_s[i::blocks].double(), kernel.rounds, kernel.layers)
-            found.append((block, dual_coefficients(symmetric(block.dense()), y_s[i::blocks], kernel.ridge)))
-        return found
+    def _blocks(self, num_synthetic: int) -> Iterator[tuple[Share, slice]]:
+        """Which block of how many, and its nodes (`KernelConfig.blocks`)."""
+        blocks = self.config.kernel.blocks(num_synthetic)
+        return (((i, blocks), slice(i, None, blocks)) for i in range(blocks))
 
-
-def interleaved(blocks: Sequence[Tensor]) -> Tensor:
-    """Rows of B blocks as those of one matrix (M, ...): row r of block i becomes row r B + i."""
-    whole = blocks[0].new_empty((sum(map(len, blocks)), *blocks[0].shape[1:]))
-    for i, block in enumerate(blocks):
-        whole[i :: len(blocks)] = block
-    return whole
+    def _solve(self, h_s: Tensor, y_s: Tensor) -> tuple[KernelBlock, DualSolution]:
+        kernel = synthetic_block(h_s.double(), self.config.kernel.rounds, self.config.kernel.layers)
+        return kernel, dual_coefficients(symmetric(kernel.dense()), y_s, self.config.kernel.ridge)
 
 
 def accuracy(counts: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from talk_dist.config import KernelConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.models.protocol import Adapters, Encoder, Progress
 from talk_dist.resources import RuntimeConfig
-from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, StudentState
+from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, Share, StudentState
 from talk_dist.runtime.meter import Meter
 from talk_dist.runtime.shard import Shard, field_names, halo_depth
 
@@ -63,7 +63,7 @@ class ShardPool(Protocol):
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         """Loss and gradient sums over all training rows."""
 
-    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
+    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str, block: Share = (0, 1)) -> np.ndarray:
         """Confusion counts (C, C) of the kernel predictor; (R, C, C) for a stack of R dual coefficients."""
 
     def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
@@ -124,8 +124,8 @@ class LocalPool:
         with self.meter.time("kernel"):
             return add_grads([shard.loss_and_grads(h_s, dual, loss) for shard in self.shards])
 
-    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
-        return add([shard.krr_scores(h_s, dual, split) for shard in self.shards])
+    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str, block: Share = (0, 1)) -> np.ndarray:
+        return add([shard.krr_scores(h_s, dual, split, block) for shard in self.shards])
 
     def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
         for shard in self.shards:

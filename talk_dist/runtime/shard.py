@@ -30,7 +30,7 @@ from talk_dist.kernel.sntk import (
 from talk_dist.models.gnn import self_loops
 from talk_dist.models.inner import one_hot
 from talk_dist.models.protocol import Adapters, Encoder, Progress
-from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, StudentState
+from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, Share, StudentState
 from talk_dist.runtime.chunks import Chunk, Chunks
 from talk_dist.runtime.encodings import EncodingCache
 from talk_dist.runtime.fields import Fields
@@ -163,46 +163,39 @@ class Shard:
     # -- the kernel ---------------------------------------------------------------------------------------
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
-        """Sums over own rows of a fold, chunk by chunk (method, section 4, step 2)."""
+        """Sums over own rows of a block and a fold, chunk by chunk (method, section 4, step 2)."""
         total = log_temperature = 0.0
-        num_rows, blocks = 0, self.spec.kernel.blocks(len(h_s))
-        d_dual, d_hs = np.zeros(dual.shape), np.zeros(h_s.shape)
-        for block in range(blocks):
-            columns = slice(block, None, blocks)
-            leaf, b = self._tensor(h_s[columns]), self._tensor(dual[columns])
-            pulled, own_pulled = torch.zeros_like(leaf), torch.zeros(leaf.shape, dtype=torch.float64)
-            own_dual, waiting = torch.zeros(b.shape, dtype=torch.float64), 0
-            for chunk in self._chunks.of(loss.split, len(leaf), (block, blocks), (loss.fold, loss.folds)):
-                kernel = self._block(chunk, leaf)
-                wanted = self._wanted(chunk.rows, loss).to(leaf)
-                sums = loss_sums(kernel.times(b), wanted, loss.kind, loss.log_temperature)
-                total += float(sums.loss)
-                log_temperature += float(sums.d_log_temperature)
-                own_dual += kernel.transposed_times(sums.d_scores).double().cpu()
-                kernel.pull(sums.d_scores, b, pulled)
-                num_rows, waiting = num_rows + len(chunk.rows), waiting + len(chunk.rows)
-                if waiting >= SUMMED_ROWS:
-                    own_pulled, waiting = own_pulled + pulled.double().cpu(), 0
-                    pulled.zero_()
-            own_pulled += pulled.double().cpu()
-            d_dual[columns] = own_dual.numpy()
-            d_hs[columns] = through_lengths(own_pulled, leaf.double().cpu(), b.double().cpu(), own_dual).numpy()
-        return ShardGrads(total, num_rows, d_dual, d_hs, log_temperature)
+        num_rows = waiting = 0
+        leaf, b = self._tensor(h_s), self._tensor(dual)
+        pulled, d_hs = torch.zeros_like(leaf), torch.zeros(leaf.shape, dtype=torch.float64)
+        d_dual = torch.zeros(b.shape, dtype=torch.float64)
+        for chunk in self._chunks.of(loss.split, len(leaf), loss.block, loss.fold):
+            kernel = self._block(chunk, leaf)
+            wanted = self._wanted(chunk.rows, loss).to(leaf)
+            sums = loss_sums(kernel.times(b), wanted, loss.kind, loss.log_temperature)
+            total += float(sums.loss)
+            log_temperature += float(sums.d_log_temperature)
+            d_dual += kernel.transposed_times(sums.d_scores).double().cpu()
+            kernel.pull(sums.d_scores, b, pulled)
+            num_rows, waiting = num_rows + len(chunk.rows), waiting + len(chunk.rows)
+            if waiting >= SUMMED_ROWS:
+                d_hs, waiting = d_hs + pulled.double().cpu(), 0
+                pulled.zero_()
+        d_hs += pulled.double().cpu()
+        d_hs = through_lengths(d_hs, leaf.double().cpu(), b.double().cpu(), d_dual)
+        return ShardGrads(total, num_rows, d_dual.numpy(), d_hs.numpy(), log_temperature)
 
-    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str) -> np.ndarray:
-        """Confusion counts (C, C) [true, predicted] of the kernel predictor on the own rows of ``split``, of each row
-        by the predictor of its block.
+    def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str, block: Share = (0, 1)) -> np.ndarray:
+        """Confusion counts (C, C) [true, predicted] of the kernel predictor on the own rows of ``split`` and ``block``.
 
         A stack of dual coefficients (R, M, C) gives a stack of counts (R, C, C) from one pass over the kernel.
         """
         counts = np.zeros((*dual.shape[:-2], self.num_classes, self.num_classes), dtype=np.int64)
-        blocks = self.spec.kernel.blocks(len(h_s))
-        for block in range(blocks):
-            s, b = self._tensor(h_s[block::blocks]), self._tensor(dual[..., block::blocks, :])
-            for chunk in self._chunks.of(split, len(s), (block, blocks)):
-                predicted = self._block(chunk, s, keep=False).times(b).argmax(-1).cpu().numpy()
-                for one in np.ndindex(dual.shape[:-2]):
-                    np.add.at(counts[one], (self.part.label[chunk.rows], predicted[one]), 1)
+        s, b = self._tensor(h_s), self._tensor(dual)
+        for chunk in self._chunks.of(split, len(s), block):
+            predicted = self._block(chunk, s, keep=False).times(b).argmax(-1).cpu().numpy()
+            for one in np.ndindex(dual.shape[:-2]):
+                np.add.at(counts[one], (self.part.label[chunk.rows], predicted[one]), 1)
         return counts
 
     def _block(self, chunk: Chunk, h_s: Tensor, keep: bool = True) -> KernelBlock:

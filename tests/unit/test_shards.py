@@ -172,7 +172,7 @@ def test_folds_add_up_to_the_whole_and_do_not_depend_on_the_sharding(
     for parts in PARTS:
         pool = make_pool(table_encoder(), parts, architecture=architecture)
         pool.learn(StudentState.of(teacher))
-        folds = [pool.loss_and_grads(h_s, dual, replace(whole, fold=fold, folds=4)) for fold in range(4)]
+        folds = [pool.loss_and_grads(h_s, dual, replace(whole, fold=(fold, 4))) for fold in range(4)]
         at_once = pool.loss_and_grads(h_s, dual, whole)
         assert all(0 < fold.num_rows < at_once.num_rows for fold in folds)
         for name in ("loss", "num_rows", "d_dual", "d_hs", "d_log_temperature"):
@@ -445,16 +445,16 @@ def test_blocks_are_kernels_of_their_own_rows(
     shares = [[shard._chunks.rows("train", (block, 3), (0, 1)) for shard in shards] for block in range(3)]
     ids = [np.concatenate([s.part.node[r] for s, r in zip(shards, share, strict=True)]) for share in shares]
     np.testing.assert_array_equal(np.sort(np.concatenate(ids)), rows)
+    monkeypatch.setattr("talk_dist.runtime.outer.loss_scale", lambda *_: 1 / len(rows))
     loss = 0.0
     for block in range(3):
         with monkeypatch.context() as alone:
             alone.setattr(chunks.Chunks, "rows", lambda self, *_, b=block: shares[b][self._part.index])
             small = objective_of(make_pool(table_encoder(), parts, architecture=architecture), "ce")
-            monkeypatch.setattr("talk_dist.runtime.outer.loss_scale", lambda *_: 1 / len(rows))
             one = small(h_s[block::3], y_s[block::3], log_t)
-            loss += one.loss
-            torch.testing.assert_close(found.d_hs[block::3], one.d_hs, rtol=1e-10, atol=1e-13)
-            torch.testing.assert_close(found.d_ys[block::3], one.d_ys, rtol=1e-10, atol=1e-13)
+        loss += one.loss
+        torch.testing.assert_close(found.d_hs[block::3], one.d_hs, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(found.d_ys[block::3], one.d_ys, rtol=1e-10, atol=1e-13)
     assert found.loss == pytest.approx(loss, rel=1e-12)
 
 
