@@ -104,7 +104,7 @@ class Distill:
             return PreparedTag(self.data)
         if encoder is None:
             return None
-        folder, hops = run.path(PREPARED), max(1, config.kernel.hops - 1)
+        folder, hops = run.path(PREPARED), max(1, config.kernel.rounds - 1)
         if storage.exists(storage.join(folder, "META.json")):
             tag = PreparedTag(folder)
             made = tag.meta["tokenizer"]["fingerprint"], tag.meta["name"]
