@@ -1,8 +1,7 @@
 """What it costs to deal the synthetic nodes out to blocks with kernels of their own, against one kernel of all.
 
 Stage one with the preset, from centres of the same blocks; validation accuracy of three students on the encodings, and
-of the kernel predictor, each real row by its block's. Seconds of an outer step over all rows are relative to those with
-one kernel. No test node is read.
+of the kernel predictor, each real row by its block's. No test node is read.
 
     python benchmarks/blocks.py PREPARED... --out benchmarks/results/blocks.md
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,17 +19,6 @@ from talk_dist import PreparedTag, preset
 from talk_dist.resources import RuntimeConfig
 from talk_dist.runtime.outer import Objective, accuracy
 from talk_dist.synthetic.init import num_synthetic
-
-
-def step_seconds(case: Case, repeats: int = 5) -> float:
-    """Of all real rows, the fastest."""
-    outer = dataclasses.replace(case.config.outer, rows=0)
-    objective, found = Objective(case.pool, dataclasses.replace(case.config, outer=outer)), []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        objective(case.h_s, case.y_s, 0.0)
-        found.append(time.perf_counter() - started)
-    return min(found[1:])
 
 
 def main() -> None:
@@ -44,7 +31,6 @@ def main() -> None:
     arguments = parser.parse_args()
     found, config = defaultdict(list), preset()
     for seed, path in enumerate(arguments.data):
-        base, name = 0.0, ""
         for wanted in arguments.blocks:
             size = -(-num_synthetic(arguments.size, PreparedTag(path).num_nodes) // wanted)
             if wanted > 1 and size < 16:
@@ -57,17 +43,15 @@ def main() -> None:
             )
             case = Case(path, int(path[-1]) if path[-1].isdigit() else seed, changed)
             assert case.config.kernel.blocks(len(case.h_s)) == wanted
-            took, name = step_seconds(case), case.tag.meta["name"]
-            base = base or took
             krr = accuracy(Objective(case.pool, case.config).krr_counts(case.h_s, case.y_s, "val"))
-            found[name, len(case.h_s), wanted].append((krr, case.scores(case.h_s), took / base))
-            print(path, wanted, found[name, len(case.h_s), wanted][-1], flush=True)
-    lines = ["| graph | synthetic nodes | blocks | student, validation | KRR, validation | seconds of a step |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+            key = case.tag.meta["name"], len(case.h_s), wanted
+            found[key].append((krr, case.scores(case.h_s)))
+            print(path, wanted, found[key][-1], flush=True)
+    lines = ["| graph | synthetic nodes | blocks | student, validation | KRR, validation |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: |")
     for (name, m, blocks), runs in found.items():
-        students = spread([score for _, scores, _ in runs for score in scores])
-        krr, seconds = spread([krr for krr, _, _ in runs]), sum(s for _, _, s in runs) / len(runs)
-        lines.append(f"| {name} | {m} | {blocks} | {students} | {krr} | {seconds:.2f} |")
+        students = spread([score for _, scores in runs for score in scores])
+        lines.append(f"| {name} | {m} | {blocks} | {students} | {spread([krr for krr, _ in runs])} |")
     report("Synthetic nodes in blocks", lines, arguments.out)
 
 

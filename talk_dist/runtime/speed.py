@@ -14,6 +14,7 @@ ENCODER_SHARE = 0.6  # of the matrix product's rate that an encoder pass reaches
 BFLOAT16_GAIN = 1.3  # on a CPU, of a whole encoder pass
 SMALL_SHARE = 0.4  # the same for students: narrow matrices, sparse products
 ELEMENT_FLOP = 250  # what an element of a kernel block costs a hop and layer beside the product: arc cosine, roots
+SOLVE_FLOP = 6000  # what an element of K_ss costs in double precision: its arc cosine, Cholesky's share, the gradient
 SEARCH_PASSES = 43  # of a step of the discrete inversion: candidates, the best together, a gradient
 STEP_SECONDS = 2e-3  # a training step cannot be shorter
 
@@ -61,9 +62,10 @@ def work(
     taught = outer.targets == "teacher"
     reach = max(1.0, entries / nodes) ** (config.kernel.rounds - 1)  # rows of the receptive field of one
     row = m * (2.0 * model.width + config.kernel.rounds * config.kernel.layers * ELEMENT_FLOP)
-    wanted = nodes if taught else train
-    step = 3 * row * min(nodes, min(wanted, outer.rows or wanted) * reach)
-    predicted = row * min(nodes, meta["split_sizes"]["val"] * reach)
+    blocks = config.kernel.blocks(m)
+    wanted = (nodes if taught else train) / blocks  # rows of one block
+    step = 3 * row * min(nodes, min(wanted, outer.rows or wanted) * reach) + SOLVE_FLOP * m * m / blocks
+    predicted = row * min(nodes, meta["split_sizes"]["val"] / blocks * reach) + SOLVE_FLOP / 2 * m * m / blocks
     scores = (2.0 * nodes * model.width * config.student.hidden + 2.0 * entries * config.student.hidden) / SMALL_SHARE
     student = 6.0 * m * config.student.hidden * (model.width + classes) / SMALL_SHARE
     fit = inner.passes * ((3 * forward if adapters else 0.0) + student)
