@@ -21,6 +21,7 @@ class StudentPass:
 
     def __init__(self, state: StudentState, part: Partition, fields: Fields):
         self._student, self._part, self._fields = state.build(), part, fields
+        self._returns = state.config.kind == "appnp"  # to what the first stage made of the nodes
         fields.share("X", "H")
 
     @torch.no_grad()
@@ -31,7 +32,7 @@ class StudentPass:
         else:
             self._attention(index)
         self._fields.share("X", "next")
-        self._fields.drop("next", "before", "gathered")
+        self._fields.drop("next", "before", "gathered", *(() if self._returns else ("root",)))
 
     def _linear(self, index: int) -> None:
         student, fields, own = self._student, self._fields, self._part.num_own
@@ -40,7 +41,7 @@ class StudentPass:
             fields.share("before", "X")
         else:
             row_by_row(fields, "before", fields.rows, lambda rows: student.before(index, self._read("X", rows)))
-        if not index:
+        if not (index and self._returns):
             fields.share("root", "before")
         kind = propagation_kind(student.config.kind)
         propagate(self._part, fields, kind, "before", "gathered", torch.float32, torch.device("cpu"))

@@ -187,7 +187,8 @@ def test_the_embedded_graph_is_prepared_once(graph, encoder_folder, told, tmp_pa
         assert PreparedTag(str(tmp_path / "prepared")).meta["name"] == "python-api-3"
         told(*arguments, "--outer.lr", "0.1", "--resume", "never")
         assert len(built) == 1
-        told(*arguments, "--kernel.hops", "3", "--kernel.architecture", "gcn", "--resume", "never")  # needs a deeper halo
+        deeper = ["--kernel.hops", "3", "--kernel.architecture", "gcn"]  # needs a deeper halo
+        told(*arguments, *deeper, "--resume", "never")
         monkeypatch.setattr(runs, "api_name", lambda: "python-api-4")
         told(*arguments, "--resume", "never")  # another Python
     assert len(built) == 3
