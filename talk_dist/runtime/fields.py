@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from talk_dist.errors import ConfigError
 
@@ -29,6 +31,13 @@ class Fields:
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
 
+    def read(
+        self, name: str, rows: slice | np.ndarray, columns: slice = slice(None), dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Of this ``dtype``, and not to be written to: where nothing is to be converted it is the field itself."""
+        kind = np.float64 if dtype is torch.float64 else np.float32
+        return torch.from_numpy(np.ascontiguousarray(self._arrays[name][rows, columns], dtype=kind))
+
     def blank(self, name: str, width: int, dtype: np.dtype | type = np.float32) -> None:
         """A field of zeros in the place of what had this name; on disk it is float16 whatever ``dtype``."""
         self._arrays.pop(name, None)
@@ -49,7 +58,10 @@ class Fields:
         self._arrays[name][rows, columns] = values
 
     def fill(self, name: str, own: np.ndarray) -> None:
-        """A new field whose first rows are ``own`` (n, width), the others zero."""
+        """A new field whose first rows are ``own`` (n, width), the others zero; ``own`` itself where it is all of it."""
+        if self._folder is None and len(own) == self.rows:
+            self._arrays[name] = own
+            return
         self.blank(name, own.shape[1], own.dtype)
         for start in range(0, len(own), READ_ROWS):
             part = own[start : start + READ_ROWS]

@@ -36,18 +36,18 @@ class StudentPass:
 
     def _linear(self, index: int) -> None:
         student, fields, own = self._student, self._fields, self._part.num_own
-        probe = self._read("X", slice(0, 1))
+        probe = fields.read("X", slice(0, 1))
         if student.before(index, probe) is probe:
             fields.share("before", "X")
         else:
-            row_by_row(fields, "before", fields.rows, lambda rows: student.before(index, self._read("X", rows)))
+            row_by_row(fields, "before", fields.rows, lambda rows: student.before(index, fields.read("X", rows)))
         if not (index and self._returns):
             fields.share("root", "before")
         kind = propagation_kind(student.config.kind)
         propagate(self._part, fields, kind, "before", "gathered", torch.float32, torch.device("cpu"))
 
         def after(rows: slice) -> Tensor:
-            return student.after(index, *(self._read(name, rows) for name in ("gathered", "before", "root")))
+            return student.after(index, *(fields.read(name, rows) for name in ("gathered", "before", "root")))
 
         row_by_row(fields, "next", own, after)
 
@@ -57,13 +57,10 @@ class StudentPass:
         node_bytes = MADE * 4 * max(student.in_dim, student.config.hidden)
         for rows in part.stretches(STAGE_BYTES // node_bytes):
             nodes, graph = self._surroundings(rows)
-            x, _ = student.stage(index, self._read("X", nodes), graph, None)
+            x, _ = student.stage(index, fields.read("X", nodes), graph, None)
             if not rows.start:
                 fields.blank("next", x.shape[1])
             fields.put("next", rows, slice(None), x[: rows.stop - rows.start].numpy())
-
-    def _read(self, name: str, rows: slice | np.ndarray) -> Tensor:
-        return torch.tensor(self._fields[name][rows], dtype=torch.float32)
 
     def _surroundings(self, rows: slice) -> tuple[np.ndarray, Tensor]:
         """A stretch of own rows as a shard of its own: its nodes, then those around it; and its graph."""
