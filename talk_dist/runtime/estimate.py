@@ -14,6 +14,7 @@ from typing import Any
 from talk_dist.config import DistillConfig
 from talk_dist.models.shape import ModelShape
 from talk_dist.runtime.chunks import LIVE_BUFFERS, TILE_ELEMENTS, TILE_ROWS
+from talk_dist.runtime.fields import READ_ROWS
 from talk_dist.runtime.pool import sample_size
 from talk_dist.runtime.propagate import PROPAGATED_BYTES, PROPAGATED_ENTRIES
 from talk_dist.runtime.shard import ENCODED_ROWS
@@ -251,12 +252,15 @@ def _working(
     taught = config.outer.targets == "teacher"
     square, sample = 8 * m_block * m_block, _sample(meta, m, model.width)
     solve = (2 + SOLVE_BUFFERS * kernel.rounds * kernel.layers) * square
+    wide = max(config.student.hidden, model.width)
+    made = 4 * 4 * min(biggest, READ_ROWS) * wide  # a student's rows, before and after a hop
+    if config.student.kind == "gat":
+        made = min(4 * MADE * biggest * wide, STAGE_BYTES)
     working = {
         "encode": HEAP * model.activations(config.encoder.batch_tokens / longest, longest, kept=False)
         + 2 * 4 * min(biggest, ENCODED_ROWS) * model.width,
         "propagate": min(item * biggest * model.width, PROPAGATED_BYTES) + 60 * min(densest, PROPAGATED_ENTRIES),
-        "students": min(MADE * 4 * biggest * max(config.student.hidden, model.width), STAGE_BYTES)
-        + 60 * min(densest, PROPAGATED_ENTRIES),
+        "students": made + min(4 * biggest * wide, PROPAGATED_BYTES) + 60 * min(densest, PROPAGATED_ENTRIES),
         "inject": HEAP * model.activations(min(m, config.outer.inject_batch), config.synthetic.tokens, kept=True),
         "kernel": HEAP_UNTRIMMED * block + 4 * 8 * m * (model.width + classes),
         # as it comes, joined, sorted; a class of it in float64; a teacher's layers and their gradients

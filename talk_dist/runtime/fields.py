@@ -58,7 +58,7 @@ class Fields:
         self._arrays[name][rows, columns] = values
 
     def fill(self, name: str, own: np.ndarray) -> None:
-        """A new field whose first rows are ``own`` (n, width), the others zero; ``own`` itself where it is all of it."""
+        """A new field whose first rows are ``own`` (n, width), the others zero; ``own`` itself if it is all of it."""
         if self._folder is None and len(own) == self.rows:
             self._arrays[name] = own
             return
