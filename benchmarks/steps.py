@@ -17,6 +17,7 @@ from pathlib import Path
 
 import rig
 import torch
+from limits import product_rate
 
 from talk_dist import LocalPool, PreparedTag, TextEncoder, preset
 from talk_dist.resources import RuntimeConfig
@@ -24,16 +25,6 @@ from talk_dist.runtime.boundary import LossSpec
 from talk_dist.synthetic.init import class_counts, one_hot_labels
 
 ROWS = (0, 4096, 1024)
-
-
-def product_rate(size: int = 1024, repeats: int = 10) -> float:
-    """FLOP/s of a product of square matrices, the fastest of some."""
-    a, seconds = torch.randn(size, size), []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
 
 
 def main() -> None:

@@ -49,23 +49,16 @@ class Fields:
         self._arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(self.rows, width))
 
     def put(self, name: str, rows: slice | np.ndarray, columns: slice, values: np.ndarray) -> None:
-        """Raises ConfigError if a value is beyond what half precision holds."""
+        """In memory, what is all of a field becomes it. Raises ConfigError for what half precision cannot hold."""
         if self._folder is not None and len(values) and float(np.abs(values).max()) > FLOAT16_MAX:
             raise ConfigError(
                 f'kernel.fields = "disk": field {name} has the value {np.abs(values).max():.3g}, beyond half precision '
                 f'({FLOAT16_MAX:.0f}); set kernel.fields to "memory"'
             )
-        self._arrays[name][rows, columns] = values
-
-    def fill(self, name: str, own: np.ndarray) -> None:
-        """A new field whose first rows are ``own`` (n, width), the others zero; ``own`` itself if it is all of it."""
-        if self._folder is None and len(own) == self.rows:
-            self._arrays[name] = own
-            return
-        self.blank(name, own.shape[1], own.dtype)
-        for start in range(0, len(own), READ_ROWS):
-            part = own[start : start + READ_ROWS]
-            self.put(name, slice(start, start + len(part)), slice(None), part)
+        if self._folder is None and isinstance(rows, slice) and values.shape == self._arrays[name].shape:
+            self._arrays[name] = values
+        else:
+            self._arrays[name][rows, columns] = values
 
     def drop(self, *names: str) -> None:
         """Forget fields, if they are there."""

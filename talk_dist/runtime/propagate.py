@@ -22,9 +22,7 @@ def propagate(
     """target = P source on own rows, P as `propagation` has it; the source's direct halo must be there."""
     field = fields[source]
     width = max(1, PROPAGATED_BYTES // (len(field) * dtype.itemsize))
-    at_once = width >= field.shape[1] and part.indptr[part.num_own] <= PROPAGATED_ENTRIES
-    if not at_once:
-        fields.blank(target, field.shape[1], np.float64 if dtype is torch.float64 else np.float32)
+    fields.blank(target, field.shape[1], np.float64 if dtype is torch.float64 else np.float32)
     for column in range(0, field.shape[1], width):
         columns = slice(column, column + width)
         x = fields.read(source, slice(None), columns, dtype).to(device)
@@ -32,11 +30,7 @@ def propagate(
             indptr = part.indptr[rows.start : rows.stop + 1]
             indices = part.indices[indptr[0] : indptr[-1]]
             weights = to_torch(propagation(indptr - indptr[0], indices, part.degree, kind), dtype, device)
-            made = (weights @ x).cpu().numpy()
-            if at_once:
-                fields.fill(target, made)
-            else:
-                fields.put(target, rows, columns, made)
+            fields.put(target, rows, columns, (weights @ x).cpu().numpy())
 
 
 def row_by_row(fields: Fields, target: str, rows: int, make: Callable[[slice], Tensor]) -> None:
@@ -44,9 +38,6 @@ def row_by_row(fields: Fields, target: str, rows: int, make: Callable[[slice], T
     for start in range(0, rows, READ_ROWS):
         some = slice(start, min(start + READ_ROWS, rows))
         made = make(some).numpy()
-        if rows <= READ_ROWS:
-            fields.fill(target, made)
-            continue
         if not start:
             fields.blank(target, made.shape[1])
         fields.put(target, some, slice(None), made)
