@@ -29,7 +29,7 @@ from talk_dist.data.tokenizer import quiet
 from talk_dist.errors import ConfigError
 from talk_dist.models.device import bfloat16
 from talk_dist.models.encoder import TextEncoder
-from talk_dist.models.gnn import Student, self_loops
+from talk_dist.models.gnn import Student
 from talk_dist.models.inner import diverged, soft_labels
 from talk_dist.models.protocol import Adapters, FitResult
 from talk_dist.runtime.pool import peak_gpu_memory, peak_memory
@@ -277,8 +277,7 @@ class EncoderWorker:
             h = self.encoder.forward_embeds(x[s], None if mask is None else mask[s], seed + s.start)
             self.encoder.through = self.engine.module if self.split else None
             h.register_hook(lambda grad: flows.append(bool(grad.any())))
-            logits = student(h, self_loops(len(h)).to(h.device))
-            loss = cross_entropy(logits, targets[s].to(logits), reduction="sum") / len(x)
+            loss = cross_entropy(student(h), targets[s].to(h), reduction="sum") / len(x)
             total[0] += weight * loss.detach()
             # DeepSpeed takes the mean over the ranks, where the sum is wanted
             self.engine.backward(loss * (weight * self.world), scale_wrt_gas=False)

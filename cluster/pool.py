@@ -25,7 +25,7 @@ from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.errors import ShardError
 from talk_dist.models.protocol import Adapters, Progress
 from talk_dist.resources import ClusterConfig, RuntimeConfig
-from talk_dist.runtime.boundary import LossSpec, ShardGrads, ShardSpec, Share, StudentState
+from talk_dist.runtime.boundary import LossSpec, ShardGrads, ShardSpec, Share, StudentGrads, StudentState
 from talk_dist.runtime.encodings import EncodingCache
 from talk_dist.runtime.estimate import gib
 from talk_dist.runtime.meter import Meter
@@ -34,6 +34,7 @@ from talk_dist.runtime.pool import (
     Vitals,
     add,
     add_grads,
+    add_student_grads,
     join_tokens,
     merge_samples,
     peak_gpu_memory,
@@ -110,6 +111,9 @@ class RayPool:
             scores = self._student_scores(state, stages, splits, failures)
             if scores is not None:
                 return scores
+
+    def student_grads(self, student: StudentState, loss: LossSpec) -> StudentGrads:
+        return add_student_grads(self._ask("student_grads", self._broadcast(student), loss, phase="students"))
 
     def sample(self, per_class: int, seed: int) -> TrainSample:
         return merge_samples(self._ask("sample", per_class, seed), per_class)

@@ -148,7 +148,17 @@ class TwoStageConfig:
     """`synthetic.init: two-stage`: first the encodings, then the tokens that produce them."""
 
     feature_steps: int = 120
-    """Adam steps on the encodings themselves; no encoder pass is needed."""
+    """Adam steps on the encodings themselves against the kernel; no encoder pass is needed."""
+    student_steps: int = 60
+    """Further steps on them through students: each trains one afresh and follows the loss of the real rows back through
+    its training. What the kernel, a student of infinite width, does not see (benchmarks/results/students.md)."""
+    student_passes: int = 100
+    """Such a student is trained for half to all of so many passes."""
+    judges: int = 3
+    """Fresh students whose mean validation accuracy says which of these encodings are kept."""
+    label_smoothing: float = 0.1
+    """Share of each synthetic label that is spread over all classes, for students; what the kernel predictor chooses
+    does not depend on it."""
     feature_lr: float = 1e-2
     """Step size relative to the root mean square of the encodings."""
     token_steps: int = 120
@@ -159,9 +169,6 @@ class TwoStageConfig:
     """With `synthetic.discrete`: steps of the search for tokens, each some fifty encoder passes."""
     validate_every: int = 20
     """Train and validate a fresh student each so many feature steps; the best encodings are kept."""
-    teacher_share: float = 0.0
-    """A synthetic node's label: its class, and this share of what a student trained on the training rows, the teacher,
-    says of its encoding. No gain beyond the spread (benchmarks/results/options.md)."""
 
     def __post_init__(self) -> None:
         check(
@@ -170,7 +177,10 @@ class TwoStageConfig:
             token_steps=(self.token_steps >= 0, self.token_steps, "not negative"),
             discrete_steps=(self.discrete_steps >= 0, self.discrete_steps, "not negative"),
             token_error=(self.token_error >= 0, self.token_error, "not negative"),
-            teacher_share=(0 <= self.teacher_share <= 1, self.teacher_share, "in [0, 1]"),
+            student_steps=(self.student_steps >= 0, self.student_steps, "not negative"),
+            student_passes=(self.student_passes >= 1, self.student_passes, "at least 1"),
+            judges=(self.judges >= 1, self.judges, "at least 1"),
+            label_smoothing=(0 <= self.label_smoothing < 1, self.label_smoothing, "in [0, 1)"),
             validate_every=(self.validate_every >= 1, self.validate_every, "at least 1"),
         )
 

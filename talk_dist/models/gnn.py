@@ -38,12 +38,6 @@ def local_graph(kind: str, indptr: np.ndarray, indices: np.ndarray, degree: np.n
     return to_torch(matrix, torch.float32)
 
 
-def self_loops(num_nodes: int) -> Tensor:
-    """The synthetic graph: every node only sees itself."""
-    nodes = np.arange(num_nodes + 1)
-    return local_graph("gcn", nodes, nodes[:-1], np.ones(num_nodes, np.int64))
-
-
 class Student(nn.Module):
     """GCN, SAGE, SGC, APPNP or GAT over encodings of width ``in_dim`` with ``num_classes`` outputs."""
 
@@ -110,17 +104,19 @@ class Student(nn.Module):
         layer: Any = self.layers[index]
         return bool(layer.out_channels <= layer.in_channels)
 
-    def stage(self, index: int, x: Tensor, graph: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def stage(self, index: int, x: Tensor, graph: Tensor | None, root: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """One stage: ``x`` (local nodes, width), and `before` of the first stage -> the same for the next."""
         if self.linear:
             before = self.before(index, x)
             root = before if root is None else root
-            return self.after(index, graph @ before, before, root), root
-        x = self.layers[index](self._drop(x), graph)
+            return self.after(index, before if graph is None else graph @ before, before, root), root
+        layer: Any = self.layers[index]
+        x = self._drop(x)
+        x = layer.lin(x) + layer.bias if graph is None else layer(x, graph)  # its own is all of a lone node's attention
         return (x if index == self.num_stages - 1 else nn.functional.elu(x)), None
 
-    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
-        """Logits (nodes, C) on a whole graph."""
+    def forward(self, x: Tensor, graph: Tensor | None = None) -> Tensor:
+        """Logits (nodes, C) on a whole graph; without one, as in a synthetic set, every node only sees itself."""
         root: Tensor | None = None
         for index in range(self.num_stages):
             x, root = self.stage(index, x, graph, root)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from talk_dist.config import InnerConfig
 from talk_dist.errors import ConfigError
-from talk_dist.models.gnn import Student, self_loops
+from talk_dist.models.gnn import Student
 from talk_dist.models.protocol import Adapters, FitResult, Select
 
 
@@ -68,8 +68,7 @@ def fit_adapters(
             rows = slice(start, start + batch)
             dropout_seed = seed + index * len(x_s) + start
             h = encoder.forward_embeds(x_s[rows], None if mask is None else mask[rows], dropout_seed)
-            logits = student(h, self_loops(len(h)).to(h.device))
-            loss = cross_entropy(logits, targets[rows].to(logits), reduction="sum") / len(x_s)
+            loss = cross_entropy(student(h), targets[rows].to(h), reduction="sum") / len(x_s)
             loss.backward()
             total += loss.detach().cpu()
         return total
@@ -81,10 +80,10 @@ def fit_encodings(
     student: Student, h_s: Tensor, y_s: Tensor, config: InnerConfig, *, seed: int = 0, select: Select | None = None
 ) -> FitResult:
     """Train a student on fixed encodings (M, d) of nodes that only see themselves."""
-    graph, targets = self_loops(len(h_s)).to(h_s.device), soft_labels(y_s).to(h_s.device)
+    targets = soft_labels(y_s).to(h_s.device)
 
     def step(index: int) -> Tensor:
-        loss = cross_entropy(student(h_s, graph), targets)
+        loss = cross_entropy(student(h_s), targets)
         loss.backward()
         return loss.detach()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from talk_dist.config import KernelConfig, StudentConfig
 from talk_dist.models.gnn import Student
@@ -54,6 +56,15 @@ class ShardGrads:
 
 
 @dataclass(frozen=True)
+class StudentGrads:
+    """Sums over real rows of a student's cross-entropy, and of its gradient with respect to the weights, by name."""
+
+    loss: float
+    num_rows: int
+    d_weights: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
 class StudentState:
     """A trained student as plain arrays, to be shipped to shards."""
 
@@ -63,9 +74,11 @@ class StudentState:
     weights: dict[str, np.ndarray]
 
     @staticmethod
-    def of(student: Student) -> StudentState:
-        weights = {name: value.detach().cpu().numpy() for name, value in student.state_dict().items()}
-        return StudentState(student.config, student.in_dim, student.num_classes, weights)
+    def of(student: Student, weights: Mapping[str, Tensor] | None = None) -> StudentState:
+        """A student, or one like it with these ``weights``."""
+        named = student.state_dict() if weights is None else weights
+        arrays = {name: value.detach().cpu().numpy() for name, value in named.items()}
+        return StudentState(student.config, student.in_dim, student.num_classes, arrays)
 
     def build(self) -> Student:
         student = Student(self.config, self.in_dim, self.num_classes, seed=0)

@@ -157,7 +157,7 @@ def plan(
     tokens_bytes = m * t * model.width * 4
     stored = 2 if config.synthetic.discrete else token_bytes(config.synthetic.storage, model.width)
     soft = config.synthetic.learn_labels or (
-        config.synthetic.init == "two-stage" and config.two_stage.teacher_share > 0
+        config.synthetic.init == "two-stage" and config.two_stage.label_smoothing > 0
     )
     label = 4 * classes if soft else 1 if classes <= 256 else 2 if classes <= 2**15 else 4
     driver = 7 * tokens_bytes + 8 * m * model.width * 8  # Adam, gradient, best; encodings and their gradients
@@ -253,6 +253,7 @@ def _working(
     square, sample = 8 * m_block * m_block, _sample(meta, m, model.width)
     solve = (2 + SOLVE_BUFFERS * kernel.rounds * kernel.layers) * square
     wide = max(config.student.hidden, model.width)
+    unrolled = 3 * 4 * config.two_stage.student_passes * config.student.hidden * (model.width + classes)
     made = 4 * 4 * min(biggest, READ_ROWS) * wide  # a student's rows, before and after a hop
     if config.student.kind == "gat":
         made = min(4 * MADE * biggest * wide, STAGE_BYTES)
@@ -263,8 +264,9 @@ def _working(
         "students": made + min(4 * biggest * wide, PROPAGATED_BYTES) + 60 * min(densest, PROPAGATED_ENTRIES),
         "inject": HEAP * model.activations(min(m, config.outer.inject_batch), config.synthetic.tokens, kept=True),
         "kernel": HEAP_UNTRIMMED * block + 4 * 8 * m * (model.width + classes),
-        # as it comes, joined, sorted; a class of it in float64; a teacher's layers and their gradients
-        "start": 4 * sample + (sample // model.width * config.student.hidden * 4 if taught else 0),
+        # as it comes, joined, sorted; a class of it in float64; a teacher's layers and their gradients; or the passes
+        # of a student that are gone through again
+        "start": max(4 * sample + (sample // model.width * config.student.hidden * 4 if taught else 0), unrolled),
         "solve": solve * (HEAP_UNTRIMMED if square < MAPPED_BYTES else 1.0) + sample,
     }
     if evaluation is not None and "full" in evaluation.against:

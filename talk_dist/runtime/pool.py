@@ -20,7 +20,7 @@ from talk_dist.config import KernelConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.models.protocol import Adapters, Encoder, Progress
 from talk_dist.resources import RuntimeConfig
-from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, Share, StudentState
+from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, Share, StudentGrads, StudentState
 from talk_dist.runtime.meter import Meter
 from talk_dist.runtime.shard import Shard, field_names, halo_depth
 
@@ -68,6 +68,9 @@ class ShardPool(Protocol):
 
     def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
         """Confusion counts (C, C) of a student for each split, from one pass over the graph."""
+
+    def student_grads(self, student: StudentState, loss: LossSpec) -> StudentGrads:
+        """Loss and gradient sums of a student over the real rows that ``loss`` names, each by itself."""
 
     def sample(self, per_class: int, seed: int) -> TrainSample:
         """Training rows with propagated encodings, for initialisation and coresets."""
@@ -137,6 +140,10 @@ class LocalPool:
                 shard.student_stage(stage)
         return [add([shard.student_scores(split) for shard in self.shards]) for split in splits]
 
+    def student_grads(self, student: StudentState, loss: LossSpec) -> StudentGrads:
+        with self.meter.time("students"):
+            return add_student_grads([shard.student_grads(student, loss) for shard in self.shards])
+
     def sample(self, per_class: int, seed: int) -> TrainSample:
         return merge_samples([shard.sample(per_class, seed) for shard in self.shards], per_class)
 
@@ -186,6 +193,14 @@ def add_grads(parts: Sequence[ShardGrads]) -> ShardGrads:
         d_dual=add([p.d_dual for p in parts]),
         d_hs=add([p.d_hs for p in parts]),
         d_log_temperature=sum(p.d_log_temperature for p in parts),
+    )
+
+
+def add_student_grads(parts: Sequence[StudentGrads]) -> StudentGrads:
+    return StudentGrads(
+        loss=sum(p.loss for p in parts),
+        num_rows=sum(p.num_rows for p in parts),
+        d_weights={name: add([p.d_weights[name] for p in parts]) for name in parts[0].d_weights},
     )
 
 

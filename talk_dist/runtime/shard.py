@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from talk_dist.config import KernelConfig
 from talk_dist.data.splits import hash_ids
@@ -27,10 +28,9 @@ from talk_dist.kernel.sntk import (
     through_lengths,
     to_torch,
 )
-from talk_dist.models.gnn import self_loops
 from talk_dist.models.inner import one_hot
 from talk_dist.models.protocol import Adapters, Encoder, Progress
-from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, Share, StudentState
+from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, Share, StudentGrads, StudentState
 from talk_dist.runtime.chunks import Chunk, Chunks
 from talk_dist.runtime.encodings import EncodingCache
 from talk_dist.runtime.fields import Fields
@@ -39,7 +39,7 @@ from talk_dist.runtime.propagate import propagate
 from talk_dist.runtime.student_pass import StudentPass
 
 ENCODED_ROWS = 8192  # texts that are encoded, and kept, at a time
-TEACHER_ROWS = 8192  # rows that the teacher sees at once
+ALONE_ROWS = 8192  # rows that a student sees at once, each by itself
 SUMMED_ROWS = 1 << 14  # after so many rows single-precision sums are added to those in double precision
 
 
@@ -225,17 +225,32 @@ class Shard:
         np.add.at(counts, (self.part.label[rows], self._fields["X"][rows].argmax(1)), 1)
         return counts
 
+    def student_grads(self, state: StudentState, loss: LossSpec) -> StudentGrads:
+        """Sums over own rows of a block and a fold of the cross-entropy of a student that sees P^2 H of a node by
+        itself, as it saw the synthetic nodes (Z's halo must be there), and of its gradient by the weights."""
+        model, rows = state.build(), self._chunks.rows(loss.split, loss.block, loss.fold)
+        weights, total = dict(model.named_parameters()), 0.0
+        sums = {name: np.zeros(value.shape) for name, value in weights.items()}
+        for start in range(0, len(rows), ALONE_ROWS):
+            some = rows[start : start + ALONE_ROWS]
+            logits = model(torch.from_numpy(self._smoothed(some)))
+            value = cross_entropy(logits, self._wanted(some, loss), reduction="sum")
+            total += float(value)
+            gradients = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
+            for name, gradient in zip(sums, gradients, strict=True):
+                sums[name] += gradient.numpy()
+        return StudentGrads(total, len(rows), sums)
+
     # -- the teacher --------------------------------------------------------------------------------------
 
     def learn(self, teacher: StudentState) -> None:
         """Targets of all own rows: the class probabilities that the teacher gives P^2 H of a node by itself (Z's halo
         must be there). Forgotten with the encodings."""
         targets, model = torch.zeros(self.part.num_own, self.num_classes), teacher.build()
-        for start in range(0, self.part.num_own, TEACHER_ROWS):
-            rows = np.arange(start, min(start + TEACHER_ROWS, self.part.num_own))
-            features, alone = torch.from_numpy(self._smoothed(rows)), self_loops(len(rows))
+        for start in range(0, self.part.num_own, ALONE_ROWS):
+            rows = np.arange(start, min(start + ALONE_ROWS, self.part.num_own))
             with torch.no_grad():
-                targets[rows] = model(features, alone).softmax(1)
+                targets[rows] = model(torch.from_numpy(self._smoothed(rows))).softmax(1)
         self._taught = targets
 
     def _wanted(self, rows: np.ndarray, loss: LossSpec) -> Tensor:

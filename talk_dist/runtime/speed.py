@@ -70,8 +70,7 @@ def work(
     student = 6.0 * m * config.student.hidden * (model.width + classes) / SMALL_SHARE
     fit = inner.passes * ((3 * forward if adapters else 0.0) + student)
     epochs = outer.epochs + 1
-    softened = config.synthetic.init == "two-stage" and config.two_stage.teacher_share > 0
-    lessons = (1 + epochs if adapters else 1) if taught else int(softened)
+    lessons = (1 + epochs if adapters else 1) if taught else 0
     lesson = inner.passes * 6.0 * train * config.student.hidden * (model.width + classes) / SMALL_SHARE
     lesson += (inner.passes // inner.select_every + 1) * scores
     flop = {"encode": encoding + (again * epochs if adapters else 0.0), "initialise": lessons * lesson}
@@ -83,6 +82,15 @@ def work(
         passes = two.discrete_steps * SEARCH_PASSES if discrete else two.token_steps * 2
         flop["initialise"] += passes * forward
         steps["initialise"] += two.feature_steps + checks * inner.passes + two.token_steps
+        if two.student_steps:
+            checks = two.judges * (two.student_steps // two.validate_every + 1)
+            passes = 0.75 * two.student_passes  # of one forward, one back, and both again with second derivatives
+            real = (
+                6.0 * min(wanted, outer.rows or wanted) * config.student.hidden * (model.width + classes) / SMALL_SHARE
+            )
+            flop["initialise"] += two.student_steps * (passes * 4 * student / blocks + real)
+            flop["initialise"] += checks * (inner.passes * student + scores) + checks / two.judges * predicted
+            steps["initialise"] += int(two.student_steps * passes * 2) + checks * inner.passes
     flop["outer epochs"] = epochs * (fit + scores + predicted) + outer.epochs * outer.steps * (inject + step)
     if evaluation is not None:
         small = 1 + sum(name != "full" for name in evaluation.against)

@@ -1,7 +1,7 @@
 """How a synthetic set starts: random real texts, medoid texts, or two stages (method, sections 7 and 8).
 
-Two stages: the M encodings are optimised first, which needs no encoder pass at all; then the few tokens
-that produce them are found by a least-squares fit.
+Two stages: the M encodings are optimised first (`encodings`); then the few tokens that produce them are found by a
+least-squares fit.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.errors import ConfigError
-from talk_dist.models.gnn import Student, self_loops
-from talk_dist.models.inner import fit_encodings, one_hot
+from talk_dist.models.inner import one_hot
 from talk_dist.models.protocol import Encoder, Report
-from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
+from talk_dist.runtime.outer import Objective
 from talk_dist.runtime.pool import ShardPool, TrainSample
 from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
 from talk_dist.synthetic.discrete import framed, invert_tokens
+from talk_dist.synthetic.encodings import optimise_encodings, smoothed
 from talk_dist.synthetic.invert import invert
 
 TOGETHER = 512  # synthetic nodes inverted side by side: their histories are what it costs
@@ -71,8 +71,8 @@ def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: 
         return Start(x_s, y_s, Objective.initial_log_temperature)
     texts = None if given else choose(pool, sample, counts, how, config)
     start = torch.from_numpy(class_centres(sample, counts, config.seed, blocks))
-    teacher = real.teacher(report) if config.two_stage.teacher_share else None
-    h_s, y_s, log_temperature = optimise_encodings(pool, start, y_s, config, report, teacher)
+    h_s, log_temperature = optimise_encodings(pool, start, y_s, config, report)
+    y_s = smoothed(y_s, config.two_stage.label_smoothing)
     x_s = h_s[:, None] if texts is None else fit_texts(encoder, texts, h_s, config, report)
     return Start(x_s, y_s, log_temperature)
 
@@ -90,55 +90,6 @@ def embed(encoder: Encoder, tokens: TokenLists, length: int) -> Tensor:
     """The tokens of each text, cut to ``length`` or repeated up to it, as embeddings (M, T, d_tok)."""
     ids = np.stack([np.resize(tokens[i], length) for i in range(len(tokens))])
     return encoder.token_table[torch.from_numpy(ids).long().to(encoder.device)].cpu().clone()
-
-
-def optimise_encodings(
-    pool: ShardPool,
-    start: Tensor,
-    y_s: Tensor,
-    config: DistillConfig,
-    report: Report,
-    teacher: Student | None = None,
-) -> tuple[Tensor, Tensor, float]:
-    """Stage one: Adam on the encodings (M, d) themselves, against the kernel ridge regression loss.
-
-    Keeps the encodings, and their labels (M, C), on which a fresh student validates best. The kernel predictor has the
-    labels ``y_s``; what is kept, and what students learn, is `softened` by the ``teacher``, if there is one.
-    """
-    settings, objective = config.two_stage, Objective(pool, config)
-    h_s = start.clone().requires_grad_()
-    log_temperature = torch.tensor(Objective.initial_log_temperature, dtype=torch.float64, requires_grad=True)
-    scale = float(start.pow(2).mean().sqrt())
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [h_s], "lr": settings.feature_lr * scale},
-            {"params": [log_temperature], "lr": config.outer.temperature_lr},
-        ]
-    )
-    best, best_accuracy, krr_accuracy = (h_s.detach().clone(), y_s, log_temperature.item()), -1.0, 0.0
-    for step in range(settings.feature_steps + 1):
-        if step % settings.validate_every == 0 or step == settings.feature_steps:
-            krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
-            labels = softened(y_s, h_s.detach(), teacher, settings.teacher_share) if teacher else y_s
-            student = Student(config.student, h_s.shape[1], y_s.shape[1], config.seed)
-            fit_encodings(student, h_s.detach(), labels, config.inner, seed=config.seed)
-            val_accuracy = student_accuracy(pool, student, "val")
-            if val_accuracy > best_accuracy:
-                best, best_accuracy = (h_s.detach().clone(), labels, log_temperature.item()), val_accuracy
-        gradient = objective(h_s.detach(), y_s, log_temperature.item(), step)
-        facts = {"loss": gradient.loss, "val": best_accuracy, "krr_val": krr_accuracy}
-        report("encodings", step, settings.feature_steps, facts)
-        h_s.grad = gradient.d_hs.to(h_s)
-        log_temperature.grad = torch.tensor(gradient.d_log_temperature, dtype=torch.float64)
-        optimizer.step()
-    return best
-
-
-def softened(y_s: Tensor, h_s: Tensor, teacher: Student, share: float) -> Tensor:
-    """Labels (M, C): ``share`` of what the teacher says of encodings (M, d) without neighbours, the rest ``y_s``."""
-    with torch.no_grad():
-        said = teacher(h_s, self_loops(len(h_s))).softmax(1)
-    return (1.0 - share) * y_s + share * said
 
 
 def fit_texts(encoder: Encoder, texts: TokenLists, h_s: Tensor, config: DistillConfig, report: Report) -> Tensor:

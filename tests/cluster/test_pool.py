@@ -65,6 +65,9 @@ def answers(pool, adapters, seed=0):
     pool.learn(student)
     taught = LossSpec("mse", targets="teacher")
     found += [np.asarray(value) for value in vars(pool.loss_and_grads(h_s, dual, taught)).values()]
+    for targets in ("labels", "teacher"):
+        sums = pool.student_grads(student, LossSpec("ce", targets=targets))
+        found += [np.asarray(sums.loss), np.asarray(sums.num_rows), *sums.d_weights.values()]
     found.append(pool.krr_scores(h_s, dual, "val"))
     found += pool.student_scores(student, ["val", "test"])
     sample = pool.sample(4, seed)

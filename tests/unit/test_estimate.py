@@ -71,7 +71,7 @@ def test_model_sizes(make_encoder):
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4", "int2", "int1"])
 def test_bytes_of_the_artifact(tags, storage, soft):
     config = with_values(
-        DistillConfig(), synthetic={"storage": storage, "tokens": 9}, two_stage={"teacher_share": 0.5 * soft}
+        DistillConfig(), synthetic={"storage": storage, "tokens": 9}, two_stage={"label_smoothing": 0.1 * soft}
     )
     found = plan(tags[1].meta, config, MINILM, 5, None)
     labels = torch.eye(3)[[0, 1, 1, 2, 2]] * (0.9 if soft else 1.0)

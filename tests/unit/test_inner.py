@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from talk_dist.config import InnerConfig, StudentConfig
-from talk_dist.models.gnn import Student, self_loops
+from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings, soft_labels, train
 
 M, C = 9, 3
@@ -29,7 +29,7 @@ def adapted(make_encoder):
 
 def training_loss(encoder, student, x_s, y_s):
     with torch.no_grad():
-        return float(cross_entropy(student(encoder.encode_embeds(x_s), self_loops(M)), y_s))
+        return float(cross_entropy(student(encoder.encode_embeds(x_s)), y_s))
 
 
 def state_of(student, encoder=None):
@@ -49,11 +49,11 @@ def test_synthetic_nodes_only_see_themselves(kind):
     """The logits of a node are the same whoever is beside it, and those of the dense student on the identity."""
     student = Student(StudentConfig(kind=kind, hidden=16), 8, C, seed=0).eval()
     h = torch.randn(M, 8, generator=torch.Generator().manual_seed(0))
-    logits = student(h, self_loops(M)).detach()
+    logits = student(h).detach()
     truth = reference.student(student, h.double(), torch.eye(M, dtype=torch.float64))
     torch.testing.assert_close(logits.double(), truth, rtol=1e-4, atol=1e-5)
     for i in range(M):
-        torch.testing.assert_close(student(h[i : i + 1], self_loops(1))[0].detach(), logits[i], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(student(h[i : i + 1])[0].detach(), logits[i], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

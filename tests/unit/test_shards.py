@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import reference
 import torch
+from torch.nn.functional import cross_entropy
 
 from talk_dist.config import DistillConfig, KernelConfig, OuterConfig, StudentConfig
 from talk_dist.errors import ConfigError, DataError
@@ -159,6 +160,32 @@ def test_hops_before_the_layers_are_the_dense_kernel_of_propagated_rows(
     torch.testing.assert_close(mine.d_ys, expected[1], rtol=1e-8, atol=1e-11)
     assert mine.d_log_temperature == pytest.approx(expected[2].item(), rel=1e-9, abs=1e-15)
     np.testing.assert_allclose(np.sort(pool.sample(99, 0).features, axis=0), np.sort(z, axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gcn", "sage", "sgc", "appnp", "gat"])
+@pytest.mark.parametrize("targets", ["labels", "teacher"])
+def test_a_students_gradient_is_autograd_on_propagated_rows_by_themselves(
+    graph, tags, table_encoder, make_pool, teacher, kind, targets
+):
+    """In any sharding, by blocks and folds that add up; no other node is seen."""
+    encoder, student = table_encoder(), Student(StudentConfig(kind=kind, hidden=16), 8, 3, 2).eval()
+    p = reference.propagation(graph.adjacency, "mean")
+    features = (p @ p @ dense_encodings(graph, encoder, tags)).float()
+    wanted, rows = torch.from_numpy(graph.label).long(), graph.rows("train")
+    if targets == "teacher":
+        wanted, rows = teacher(features).softmax(1).detach(), np.arange(len(features))
+    truth = cross_entropy(student(features[rows]), wanted[rows], reduction="sum")
+    expected = torch.autograd.grad(truth, list(student.parameters()), materialize_grads=True)
+    for parts in PARTS:
+        pool = make_pool(encoder, parts, architecture="sgc")
+        pool.learn(StudentState.of(teacher))
+        shares = [LossSpec("ce", 0.0, targets, (fold, 3), (block, 2)) for fold in range(3) for block in range(2)]
+        sums = [pool.student_grads(StudentState.of(student), share) for share in shares]
+        assert sum(s.num_rows for s in sums) == len(rows)
+        assert sum(s.loss for s in sums) == pytest.approx(truth.item(), rel=1e-5)
+        for (name, _), value in zip(student.named_parameters(), expected, strict=True):
+            found = sum(s.d_weights[name] for s in sums)
+            np.testing.assert_allclose(found, value.numpy(), rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("architecture", ["gcn", "sgc"])

@@ -1,0 +1,130 @@
+"""Stage one: the M encodings themselves, which needs no encoder pass.
+
+First against the kernel ridge regression loss, which knows students only as infinitely wide; then through students as
+they are trained: each step trains one from a fresh start on the encodings and follows the loss of the real rows back
+through its training. What is kept validates best.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from talk_dist.config import DistillConfig
+from talk_dist.models.gnn import Student
+from talk_dist.models.inner import fit_encodings
+from talk_dist.models.protocol import Report
+from talk_dist.models.unrolled import Unrolled
+from talk_dist.runtime.boundary import LossSpec, StudentState
+from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
+from talk_dist.runtime.pool import ShardPool
+
+
+def smoothed(y_s: Tensor, share: float) -> Tensor:
+    """Labels (M, C), ``share`` of them spread over all classes. The kernel predictor's choice does not change: it is
+    linear in the labels, and what is added is the same for every class."""
+    return (1.0 - share) * y_s + share / y_s.shape[1]
+
+
+def optimise_encodings(
+    pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report
+) -> tuple[Tensor, float]:
+    """From ``start`` (M, d) with one-hot labels ``y_s`` (M, C): the encodings, and the log temperature of the loss.
+
+    Students learn labels that `two_stage.label_smoothing` softens. Raises ConfigError if their training diverges.
+    """
+    h_s, log_temperature = _against_the_kernel(pool, start, y_s, config, report)
+    if config.two_stage.student_steps:
+        h_s = _through_students(pool, h_s, y_s, config, report)
+    return h_s, log_temperature
+
+
+def _against_the_kernel(
+    pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report
+) -> tuple[Tensor, float]:
+    settings, objective = config.two_stage, Objective(pool, config)
+    h_s = start.clone().requires_grad_()
+    log_temperature = torch.tensor(Objective.initial_log_temperature, dtype=torch.float64, requires_grad=True)
+    scale = float(start.pow(2).mean().sqrt())
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [h_s], "lr": settings.feature_lr * scale},
+            {"params": [log_temperature], "lr": config.outer.temperature_lr},
+        ]
+    )
+    best, best_accuracy, krr_accuracy = (h_s.detach().clone(), log_temperature.item()), -1.0, 0.0
+    for step in range(settings.feature_steps + 1):
+        if step % settings.validate_every == 0 or step == settings.feature_steps:
+            krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
+            val_accuracy = judged(pool, h_s.detach(), y_s, config, 1)
+            if val_accuracy > best_accuracy:
+                best, best_accuracy = (h_s.detach().clone(), log_temperature.item()), val_accuracy
+        gradient = objective(h_s.detach(), y_s, log_temperature.item(), step)
+        facts = {"loss": gradient.loss, "val": best_accuracy, "krr_val": krr_accuracy}
+        report("encodings", step, settings.feature_steps + settings.student_steps, facts)
+        h_s.grad = gradient.d_hs.to(h_s)
+        log_temperature.grad = torch.tensor(gradient.d_log_temperature, dtype=torch.float64)
+        optimizer.step()
+    return best
+
+
+def _through_students(pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
+    """Nothing is kept that does not validate half a standard error better than ``start``."""
+    settings, objective, num_val = config.two_stage, Objective(pool, config), pool.tag.meta["split_sizes"]["val"]
+    h_s = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([h_s], lr=settings.feature_lr * float(start.pow(2).mean().sqrt()))
+    best, best_accuracy, krr_accuracy, needed = start, -1.0, 0.0, 0.0
+    facts: dict[str, float] = {}
+    for step in range(settings.student_steps + 1):
+        if step % settings.validate_every == 0 or step == settings.student_steps:
+            krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
+            val_accuracy = judged(pool, h_s.detach(), y_s, config, settings.judges)
+            if val_accuracy > max(best_accuracy, needed):
+                best, best_accuracy = h_s.detach().clone(), val_accuracy
+            if not step:
+                needed = val_accuracy + 0.5 * math.sqrt(val_accuracy * (1 - val_accuracy) / num_val)
+        facts |= {"val": best_accuracy, "krr_val": krr_accuracy}
+        report("encodings", settings.feature_steps + step, settings.feature_steps + settings.student_steps, facts)
+        if step < settings.student_steps:
+            facts["loss"], h_s.grad = student_gradient(pool, h_s.detach(), y_s, config, step)
+            optimizer.step()
+    return best
+
+
+def student_gradient(
+    pool: ShardPool, h_s: Tensor, y_s: Tensor, config: DistillConfig, step: int
+) -> tuple[float, Tensor]:
+    """Mean cross-entropy, over the real rows whose turn it is, of a student trained on ``h_s`` (M, d) with softened
+    ``y_s`` (M, C), and its gradient (M, d).
+
+    The student starts afresh in each step, and stops after half to all of `two_stage.student_passes`: what serves every
+    start and every age serves one that nobody has seen. Of several blocks, one has its turn, with its real rows.
+    """
+    settings, seed = config.two_stage, config.seed + 1_000_003 * (step + 1)
+    blocks, folds = config.kernel.blocks(len(h_s)), Objective(pool, config).folds(len(h_s))
+    passes = int(np.random.default_rng(seed).integers(-(-settings.student_passes // 2), settings.student_passes + 1))
+    own = slice(step % blocks, None, blocks)
+    student = Student(config.student, h_s.shape[1], y_s.shape[1], seed)
+    with pool.meter.time("unroll"):
+        labels = smoothed(y_s[own], settings.label_smoothing)
+        trained = Unrolled(student, h_s[own], labels, config.inner, passes, seed)
+    loss = LossSpec("ce", 0.0, config.outer.targets, (step // blocks % folds, folds), (step % blocks, blocks))
+    sums = pool.student_grads(StudentState.of(student, trained.weights), loss)
+    with pool.meter.time("unroll"):
+        d_weights = {name: torch.from_numpy(value / sums.num_rows) for name, value in sums.d_weights.items()}
+        d_hs = torch.zeros_like(h_s)
+        d_hs[own] = trained.pull(d_weights)
+    return sums.loss / sums.num_rows, d_hs
+
+
+def judged(pool: ShardPool, h_s: Tensor, y_s: Tensor, config: DistillConfig, judges: int) -> float:
+    """Mean validation accuracy of so many fresh students."""
+    found, labels = [], smoothed(y_s, config.two_stage.label_smoothing)
+    for seed in range(config.seed, config.seed + judges):
+        student = Student(config.student, h_s.shape[1], y_s.shape[1], seed)
+        fit_encodings(student, h_s, labels, config.inner, seed=seed)
+        found.append(student_accuracy(pool, student, "val"))
+    return float(np.mean(found))
