@@ -235,7 +235,7 @@ class Shard:
             some = rows[start : start + ALONE_ROWS]
             logits = model(torch.from_numpy(self._smoothed(some)))
             value = cross_entropy(logits, self._wanted(some, loss), reduction="sum")
-            total += float(value)
+            total += value.item()
             gradients = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
             for name, gradient in zip(sums, gradients, strict=True):
                 sums[name] += gradient.numpy()

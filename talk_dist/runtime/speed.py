@@ -84,13 +84,11 @@ def work(
         steps["initialise"] += two.feature_steps + checks * inner.passes + two.token_steps
         if two.student_steps:
             checks = two.judges * (two.student_steps // two.validate_every + 1)
-            passes = 0.75 * two.student_passes  # of one forward, one back, and both again with second derivatives
-            real = (
-                6.0 * min(wanted, outer.rows or wanted) * config.student.hidden * (model.width + classes) / SMALL_SHARE
-            )
-            flop["initialise"] += two.student_steps * (passes * 4 * student / blocks + real)
+            unrolled = two.student_steps * 0.75 * two.student_passes  # passes, gone through once and, dearer, again
+            real = min(wanted, outer.rows or wanted) / m * student  # the gradient on real rows, relative to a pass
+            flop["initialise"] += 4 * unrolled * student / blocks + two.student_steps * real
             flop["initialise"] += checks * (inner.passes * student + scores) + checks / two.judges * predicted
-            steps["initialise"] += int(two.student_steps * passes * 2) + checks * inner.passes
+            steps["initialise"] += 2 * int(unrolled) + checks * inner.passes
     flop["outer epochs"] = epochs * (fit + scores + predicted) + outer.epochs * outer.steps * (inject + step)
     if evaluation is not None:
         small = 1 + sum(name != "full" for name in evaluation.against)

@@ -65,9 +65,8 @@ def test_adjoint_is_autograd_through_all_passes(kind, dropout, small_set):
     (wanted,) = torch.autograd.grad(score(expected), leaf)
     trained = Unrolled(student, h_s, y_s, RECIPE, PASSES, seed=11)
     weights = {name: value.detach().requires_grad_() for name, value in trained.weights.items()}
-    d_weights = dict(
-        zip(weights, torch.autograd.grad(score(weights), list(weights.values()), materialize_grads=True), strict=True)
-    )
+    gradients = torch.autograd.grad(score(weights), list(weights.values()), materialize_grads=True)
+    d_weights = dict(zip(weights, gradients, strict=True))
     for name, value in weights.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(trained.pull(d_weights), wanted, rtol=1e-6, atol=1e-9)
