@@ -98,6 +98,18 @@ def kills(arguments: argparse.Namespace, more: list[str]) -> None:
         raise SystemExit("\n".join(wrong) or f"only {len(log)} kills")
 
 
+def held_by_trials(pid: int) -> int:
+    """Bytes of resident memory of the processes below ``pid`` that run trials."""
+    held = 0
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Implicit"):
+                held += process.memory_info().rss
+        except psutil.Error:  # it has just ended
+            continue
+    return held
+
+
 def memory(arguments: argparse.Namespace, more: list[str]) -> None:
     """Resident memory of the driver and of the process of the trials, at the end of each trial."""
     with tempfile.TemporaryDirectory() as name:
@@ -108,10 +120,7 @@ def memory(arguments: argparse.Namespace, more: list[str]) -> None:
         for line in driver.stdout:
             if line.startswith("trial "):
                 time.sleep(0.3)  # what the trial held has been given back
-                family = psutil.Process(driver.pid).children(recursive=True)
-                runners = [p for p in family if p.cmdline() and p.cmdline()[0].startswith("ray::Implicit")]
-                held = sum(p.memory_info().rss for p in runners)
-                seen.append((psutil.Process(driver.pid).memory_info().rss, held))
+                seen.append((psutil.Process(driver.pid).memory_info().rss, held_by_trials(driver.pid)))
         if driver.wait():
             raise SystemExit(driver.returncode)
     seen = seen[:-1]  # the last trial ends with its process

@@ -29,6 +29,12 @@ def soft_labels(y_s: Tensor) -> Tensor:
     return (positive / positive.sum(1, keepdim=True).clamp_min(1e-12)).float()
 
 
+def smoothed(y_s: Tensor, share: float) -> Tensor:
+    """Labels (M, C), ``share`` of them spread over all classes. The kernel predictor's choice does not change: it is
+    linear in the labels, and what is added is the same for every class."""
+    return (1.0 - share) * y_s + share / y_s.shape[1]
+
+
 def one_hot(label: np.ndarray, num_classes: int) -> Tensor:
     """Class indices (n,) as (n, C) float32; the rows of unlabelled nodes (-1) are zero."""
     return torch.from_numpy((label[:, None] == np.arange(num_classes)).astype(np.float32))

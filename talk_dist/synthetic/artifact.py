@@ -21,6 +21,7 @@ from torch import Tensor
 from talk_dist.data import storage
 from talk_dist.data.given import given_width
 from talk_dist.errors import DataError
+from talk_dist.models.inner import smoothed
 from talk_dist.synthetic import grid
 
 if TYPE_CHECKING:
@@ -102,10 +103,10 @@ class SyntheticTAG:
         return stored
 
     def _stored_labels(self) -> dict[str, Tensor]:
-        """Labels that are classes as their indices, where the configuration names all classes; others as they are."""
+        """Labels that are classes, softened as the configuration says, as their indices, where it names all classes;
+        others as they are."""
         index, known = self.labels.argmax(1), len(self.config.get("classes") or ())
-        one_hot = torch.nn.functional.one_hot(index, self.labels.shape[1]).to(self.labels)
-        if known != self.labels.shape[1] or not self.labels.equal(one_hot):
+        if known != self.labels.shape[1] or not self.labels.equal(_labels(index, known, self.config)):
             return {"labels": self.labels.contiguous()}
         return {"label_index": index.to(label_type(known))}
 
@@ -201,6 +202,11 @@ def label_type(classes: int) -> torch.dtype:
     return torch.uint8 if classes <= 256 else torch.int16 if classes <= 2**15 else torch.int32
 
 
+def _labels(index: Tensor, classes: int, config: dict[str, Any]) -> Tensor:
+    one_hot = torch.nn.functional.one_hot(index.long(), classes).float()
+    return smoothed(one_hot, float(config.get("label_smoothing", 0.0)))
+
+
 def _from_tensors(tensors: dict[str, Tensor], config: dict[str, Any], metrics: dict[str, Any]) -> SyntheticTAG:
     kind, ids = config.get("storage"), tensors["token_ids"].long() if "token_ids" in tensors else None
     if ids is not None:
@@ -213,7 +219,7 @@ def _from_tensors(tensors: dict[str, Tensor], config: dict[str, Any], metrics: d
             x = x * tensors["token_scales"].unsqueeze(-1)
     if "label_index" in tensors:
         classes = len(config.get("classes") or ()) or -1  # -1: as many as the indices need
-        labels = torch.nn.functional.one_hot(tensors["label_index"].long(), classes).float()
+        labels = _labels(tensors["label_index"], classes, config)
     else:
         labels = tensors["labels"]
     mask = tensors["mask"].long() if "mask" in tensors else None

@@ -15,18 +15,12 @@ from torch import Tensor
 
 from talk_dist.config import DistillConfig
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_encodings
+from talk_dist.models.inner import fit_encodings, smoothed
 from talk_dist.models.protocol import Report
 from talk_dist.models.unrolled import Unrolled
 from talk_dist.runtime.boundary import LossSpec, StudentState
 from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool
-
-
-def smoothed(y_s: Tensor, share: float) -> Tensor:
-    """Labels (M, C), ``share`` of them spread over all classes. The kernel predictor's choice does not change: it is
-    linear in the labels, and what is added is the same for every class."""
-    return (1.0 - share) * y_s + share / y_s.shape[1]
 
 
 def optimise_encodings(

@@ -15,14 +15,14 @@ from torch import Tensor
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.errors import ConfigError
-from talk_dist.models.inner import one_hot
+from talk_dist.models.inner import one_hot, smoothed
 from talk_dist.models.protocol import Encoder, Report
 from talk_dist.runtime.outer import Objective
 from talk_dist.runtime.pool import ShardPool, TrainSample
 from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
 from talk_dist.synthetic.discrete import framed, invert_tokens
-from talk_dist.synthetic.encodings import optimise_encodings, smoothed
+from talk_dist.synthetic.encodings import optimise_encodings
 from talk_dist.synthetic.invert import invert
 
 TOGETHER = 512  # synthetic nodes inverted side by side: their histories are what it costs

@@ -93,7 +93,7 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict = {"data": data}
     quick = talk_dist.preset("quick")  # 1 % of 240 nodes would be fewer than three classes
     small = replace(quick.synthetic, size=3, tokens=4)
-    config = replace(quick, synthetic=small, two_stage=replace(quick.two_stage, token_steps=5))
+    config = replace(quick, synthetic=small, two_stage=replace(quick.two_stage, student_steps=2, token_steps=5))
     monkeypatch.setattr(talk_dist, "preset", lambda name: config)
     exec(own_graph, names)
     assert len(names["synthetic"]) == 3

@@ -11,6 +11,8 @@ SMALL = {
     "synthetic.size": 6,
     "synthetic.tokens": 4,
     "two_stage.feature_steps": 6,
+    "two_stage.student_steps": 2,
+    "two_stage.student_passes": 5,
     "two_stage.token_steps": 6,
     "two_stage.validate_every": 3,
     "inner.passes": 20,

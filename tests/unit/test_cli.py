@@ -29,6 +29,8 @@ SMALL = {
     "synthetic.size": "6",
     "synthetic.tokens": "5",
     "two_stage.feature_steps": "5",
+    "two_stage.student_steps": "2",
+    "two_stage.student_passes": "5",
     "two_stage.token_steps": "5",
     "inner.passes": "10",
     "outer.epochs": "1",

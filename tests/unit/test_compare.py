@@ -23,6 +23,8 @@ from talk_dist.synthetic.plot import plot
 LITTLE = {
     "synthetic.tokens": 4,
     "two_stage.feature_steps": 4,
+    "two_stage.student_steps": 2,
+    "two_stage.student_passes": 4,
     "two_stage.token_steps": 4,
     "two_stage.validate_every": 2,
     "outer.epochs": 1,

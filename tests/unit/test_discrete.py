@@ -151,7 +151,7 @@ def test_words_are_read_as_they_were_written():
 
 SETTINGS = {
     "synthetic": {"size": 6, "tokens": 7, "discrete": True},
-    "two_stage": {"feature_steps": 10, "discrete_steps": 3},
+    "two_stage": {"feature_steps": 10, "student_steps": 0, "discrete_steps": 3},
     "inner": {"passes": 10},
     "outer": {"epochs": 0},
 }
@@ -251,6 +251,8 @@ def test_from_the_command_line(tags, encoder_folder, told, tmp_path):
         "7",
         "--two_stage.feature_steps",
         "5",
+        "--two_stage.student_steps",
+        "0",
         "--inner.passes",
         "5",
     ]

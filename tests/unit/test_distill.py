@@ -26,7 +26,7 @@ def settings(**sections):
     values = {
         "kernel": {"precision": "float64", "ridge": 0.1},
         "synthetic": {"size": 7, "tokens": 6, "init": "medoid", "storage": "float32"},
-        "two_stage": {"feature_steps": 20, "token_steps": 20},
+        "two_stage": {"feature_steps": 20, "student_steps": 4, "student_passes": 10, "token_steps": 20},
         "student": {"hidden": 16, "dropout": 0.0},
         "inner": {"passes": 30, "gnn_lr": 0.02},
         "outer": {"epochs": 3, "steps": 4, "lr": 2e-2},

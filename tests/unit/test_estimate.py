@@ -70,12 +70,11 @@ def test_model_sizes(make_encoder):
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4", "int2", "int1"])
 def test_bytes_of_the_artifact(tags, storage, soft):
-    config = with_values(
-        DistillConfig(), synthetic={"storage": storage, "tokens": 9}, two_stage={"label_smoothing": 0.1 * soft}
-    )
-    found = plan(tags[1].meta, config, MINILM, 5, None)
-    labels = torch.eye(3)[[0, 1, 1, 2, 2]] * (0.9 if soft else 1.0)
-    about = {"storage": storage, "classes": tags[1].classes}
+    synthetic = {"storage": storage, "tokens": 9, "learn_labels": soft}
+    found = plan(tags[1].meta, with_values(DistillConfig(), synthetic=synthetic), MINILM, 5, None)
+    labels = torch.eye(3)[[0, 1, 1, 2, 2]] * 0.9
+    about = {"storage": storage, "classes": tags[1].classes, "label_smoothing": 0.1}
+    labels = labels if soft else labels + 0.1 / 3
     assert found.artifact_bytes == SyntheticTAG(torch.randn(5, 9, 384), labels, config=about).num_bytes()
 
 

@@ -267,7 +267,7 @@ def settings(init="two-stage", **synthetic):
         "encoder": {"name": "given:8", "device": "cpu"},
         "kernel": {"precision": "float64"},
         "synthetic": {"size": 6, "tokens": 1, "init": init, "storage": "float32", **synthetic},
-        "two_stage": {"feature_steps": 10},
+        "two_stage": {"feature_steps": 10, "student_steps": 2, "student_passes": 10},
         "student": {"hidden": 16, "dropout": 0.0},
         "inner": {"passes": 20, "gnn_lr": 0.02},
         "outer": {"epochs": 2, "steps": 3, "lr": 2e-2},

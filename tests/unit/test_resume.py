@@ -38,7 +38,8 @@ def forks():
 
 
 MODES = {
-    "frozen": ["--synthetic.init", "two-stage", "--two_stage.feature_steps", "20", "--two_stage.token_steps", "20"],
+    "frozen": ["--synthetic.init", "two-stage", "--two_stage.feature_steps", "20", "--two_stage.token_steps", "20",
+               "--two_stage.student_steps", "2", "--two_stage.student_passes", "10"],
     "adapters": ["--encoder.adapters", "true", "--synthetic.learn_labels", "true", "--synthetic.init", "medoid",
                  "--encoder.dropout", "0.3", "--outer.dropout", "true", "--outer.targets", "teacher"],
 }  # fmt: skip
