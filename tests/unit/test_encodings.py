@@ -1,0 +1,119 @@
+"""Stage one through students: its gradient against the dense whole, and what it keeps."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from talk_dist.config import DistillConfig, InnerConfig, KernelConfig, OuterConfig, StudentConfig, TwoStageConfig
+from talk_dist.models.gnn import Student
+from talk_dist.models.inner import fit_encodings, smoothed
+from talk_dist.models.unrolled import Unrolled
+from talk_dist.runtime.outer import Objective
+from talk_dist.synthetic.encodings import optimise_encodings, student_gradient
+
+M, CLASSES = 24, 3
+CONFIG = DistillConfig(
+    kernel=KernelConfig(block=16),
+    student=StudentConfig(hidden=16),
+    inner=InnerConfig(passes=40, gnn_lr=0.02),
+    two_stage=TwoStageConfig(feature_steps=0, student_steps=40, student_passes=30, validate_every=10, feature_lr=0.05),
+)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Encodings that say little, and labels class by class."""
+    generator = torch.Generator().manual_seed(1)
+    return 0.3 * torch.randn(M, 8, generator=generator), torch.eye(CLASSES).repeat_interleave(M // CLASSES, 0)
+
+
+def real_rows(graph, encoder, tags):
+    """P^2 H and labels of the training rows."""
+    h = torch.from_numpy(encoder.encode_tokens(tags[1].partition(0).tokens))
+    p, rows = reference.propagation(graph.adjacency, "mean"), graph.rows("train")
+    return (p @ p @ h).float()[rows], torch.from_numpy(graph.label[rows]).long()
+
+
+def mean_loss(features, labels, h_s, y_s, config, seeds):
+    """Of students that nobody has trained yet, on real rows by themselves."""
+    found = []
+    for seed in seeds:
+        student = Student(config.student, features.shape[1], CLASSES, seed)
+        fit_encodings(student, h_s, y_s, config.inner, seed=seed)
+        with torch.no_grad():
+            found.append(float(cross_entropy(student.eval()(features), labels)))
+    return float(np.mean(found))
+
+
+def test_gradient_is_that_of_the_dense_whole(graph, tags, table_encoder, make_pool, start):
+    """In any sharding; all rows at once, one block."""
+    h_s, y_s = start
+    config = replace(CONFIG, kernel=KernelConfig(), outer=OuterConfig(rows=0))
+    encoder = table_encoder()
+    features, labels = real_rows(graph, encoder, tags)
+    found = [student_gradient(make_pool(encoder, parts, architecture="sgc"), h_s, y_s, config, 3) for parts in (1, 7)]
+
+    seed = config.seed + 1_000_003 * 4
+    passes = int(np.random.default_rng(seed).integers(15, 31))
+    student = Student(config.student, 8, CLASSES, seed)
+    trained = Unrolled(student, h_s, 0.9 * y_s + 0.1 / CLASSES, config.inner, passes, seed)
+    weights = {name: value.detach().requires_grad_() for name, value in trained.weights.items()}
+    loss = cross_entropy(functional_call(student.eval(), weights, (features,)), labels)
+    d_weights = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+    expected = trained.pull(d_weights)
+    for value, d_hs in found:
+        assert value == pytest.approx(loss.item(), rel=1e-5)
+        torch.testing.assert_close(d_hs, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_blocks_take_turns(table_encoder, make_pool, start):
+    """A step moves the nodes of one block."""
+    pool = make_pool(table_encoder(), 2, architecture="sgc")
+    gradients = [student_gradient(pool, *start, CONFIG, step)[1] for step in range(4)]
+    assert CONFIG.kernel.blocks(M) == 2
+    for step, gradient in enumerate(gradients):
+        moved = gradient.abs().sum(1) > 0
+        assert moved[step % 2 :: 2].all()
+        assert not moved[1 - step % 2 :: 2].any()
+
+
+def test_students_that_nobody_has_seen_profit(graph, tags, table_encoder, make_pool, start):
+    encoder, (h_s, y_s) = table_encoder(), start
+    pool = make_pool(encoder, 2, architecture="sgc")
+    after, _ = optimise_encodings(pool, h_s, y_s, CONFIG, lambda *_: None)
+    real, seeds = real_rows(graph, encoder, tags), range(100, 105)
+    losses = [mean_loss(*real, h, smoothed(y_s, 0.1), CONFIG, seeds) for h in (h_s, after)]
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_what_is_no_better_is_not_kept(table_encoder, make_pool, start):
+    """Steps that lead nowhere end where they began, to the bit; so does none at all."""
+    pool = make_pool(table_encoder(), 2, architecture="sgc")
+    for settings in ({"feature_lr": 1e-9}, {"student_steps": 0}):
+        config = replace(CONFIG, two_stage=replace(CONFIG.two_stage, **settings))
+        after, _ = optimise_encodings(pool, *start, config, lambda *_: None)
+        assert torch.equal(after, start[0])
+
+
+def test_progress_goes_on_from_the_kernel_to_the_students(table_encoder, make_pool, start):
+    pool, told = make_pool(table_encoder(), 1, architecture="sgc"), []
+    config = replace(CONFIG, two_stage=replace(CONFIG.two_stage, feature_steps=5, student_steps=6))
+    optimise_encodings(pool, *start, config, lambda *report: told.append(report))
+    assert [done for _, done, _, _ in told] == [*range(6), *range(5, 12)]
+    assert {(stage, total) for stage, _, total, _ in told} == {("encodings", 11)}
+    assert all(metrics["val"] > 0 for _, _, _, metrics in told)
+
+
+def test_smoothing_changes_nothing_that_the_kernel_predictor_chooses(table_encoder, make_pool, start):
+    h_s, y_s = start
+    pool = make_pool(table_encoder(), 2, architecture="sgc")
+    objective = Objective(pool, CONFIG)
+    soft = smoothed(y_s, 0.3)
+    torch.testing.assert_close(soft.sum(1), torch.ones(M))
+    assert float(soft.max()) == pytest.approx(0.8)
+    np.testing.assert_array_equal(objective.krr_counts(h_s, soft, "all"), objective.krr_counts(h_s, y_s, "all"))
