@@ -99,7 +99,7 @@ class Bench:
             return full_set(WholeGraph(self.tag), self.pool, self.encoder, recipe.recipe, recipe.full_epochs)
         if name == MEDOID:
             counts = allocate(len(self.made(LEARNED, 0)), self.tag.train_class_counts)
-            tag, size = coreset_tag(self.pool, self.encoder, counts, "medoid", self.seed)
+            tag, size = coreset_tag(self.pool, self.encoder, counts, "medoid", replace(self.config, seed=self.seed))
             return replace(token_set(name, tag, self.pool, self.encoder, self.config, recipe.recipe), bytes=size)
         if name == PROJECTED:
             tag = self.made(LEARNED, 0)

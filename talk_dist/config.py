@@ -116,6 +116,9 @@ class SyntheticConfig:
     init: Literal["random", "medoid", "two-stage"] = "two-stage"
     """Real texts drawn at random; the texts nearest to class-wise k-means centres of P^2 H; or these fitted
     to encodings that were optimised first."""
+    label_smoothing: float = 0.1
+    """Share of each synthetic label that is spread over all classes, for students; what the kernel predictor chooses
+    does not depend on it."""
     learn_labels: bool = False
     """Learn soft labels beside the token embeddings."""
     storage: Literal["float32", "bfloat16", "int8", "int4", "int2", "int1"] = "int8"
@@ -138,6 +141,7 @@ class SyntheticConfig:
             "synthetic",
             size=(self.size > 0 and whole, self.size, "a fraction in (0, 1) or a whole number of nodes"),
             tokens=(self.tokens >= 1, self.tokens, "at least 1"),
+            label_smoothing=(0 <= self.label_smoothing < 1, self.label_smoothing, "in [0, 1)"),
             settle_passes=(self.settle_passes >= 1, self.settle_passes, "at least 1"),
             gain=(self.gain > 0, self.gain, "positive"),
         )
@@ -156,9 +160,6 @@ class TwoStageConfig:
     """Such a student is trained for half to all of so many passes."""
     judges: int = 3
     """Fresh students whose mean validation accuracy says which of these encodings are kept."""
-    label_smoothing: float = 0.1
-    """Share of each synthetic label that is spread over all classes, for students; what the kernel predictor chooses
-    does not depend on it."""
     feature_lr: float = 1e-2
     """Step size relative to the root mean square of the encodings."""
     token_steps: int = 120
@@ -180,7 +181,6 @@ class TwoStageConfig:
             student_steps=(self.student_steps >= 0, self.student_steps, "not negative"),
             student_passes=(self.student_passes >= 1, self.student_passes, "at least 1"),
             judges=(self.judges >= 1, self.judges, "at least 1"),
-            label_smoothing=(0 <= self.label_smoothing < 1, self.label_smoothing, "in [0, 1)"),
             validate_every=(self.validate_every >= 1, self.validate_every, "at least 1"),
         )
 

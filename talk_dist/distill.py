@@ -130,7 +130,7 @@ def describe(pool: ShardPool, encoder: Encoder, config: DistillConfig) -> dict:
         "encoder": {"name": config.encoder.name, "pooling": encoder.pooling, "width": encoder.width},
         "tokenizer": encoder.tokenizer.fingerprint,
         "storage": config.synthetic.storage,
-        "label_smoothing": config.two_stage.label_smoothing if config.synthetic.init == "two-stage" else 0.0,
+        "label_smoothing": config.synthetic.label_smoothing,
         "seed": config.seed,
         "threads": torch.get_num_threads(),
         "distill": config.to_dict(),

@@ -17,7 +17,7 @@ import torch
 from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
 from talk_dist.errors import ConfigError
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_encodings, one_hot
+from talk_dist.models.inner import fit_encodings, one_hot, smoothed
 from talk_dist.models.protocol import Adapters, Encoder, Report
 from talk_dist.runtime.boundary import StudentState
 from talk_dist.runtime.full import WholeGraph, fit_full
@@ -104,24 +104,25 @@ def evaluate(
             return token_set(name, tag, pool, encoder, distilled_with, config.recipe)
         if name == "full":
             return full_set(WholeGraph(pool.tag), pool, encoder, config.recipe, config.full_epochs)
-        coreset, size = coreset_tag(pool, encoder, counts, name, distilled_with.seed)
+        coreset, size = coreset_tag(pool, encoder, counts, name, distilled_with)
         return dataclasses.replace(token_set(name, coreset, pool, encoder, distilled_with, config.recipe), bytes=size)
 
     return [score(made(name), pool, encoder, config, progress) for name in ("synthetic", *config.against)]
 
 
 def coreset_tag(
-    pool: ShardPool, encoder: Encoder, counts: np.ndarray, method: str, seed: int
+    pool: ShardPool, encoder: Encoder, counts: np.ndarray, method: str, config: DistillConfig
 ) -> tuple[SyntheticTAG, int]:
-    """Real texts as a TAG of token embeddings with a mask, and the bytes of their token ids (int32).
+    """Real texts as a TAG of token embeddings with a mask, labels softened as a distilled set's, and the bytes of their
+    token ids (int32).
 
     Of a graph that brings encodings: the propagated encodings P^2 H (M, 1, d) of the chosen rows, at float16's bytes.
     """
     if method not in METHODS:
         raise ConfigError(f"unknown coreset {method!r}; one of {sorted(METHODS)}")
-    sample = sample_for(pool, counts, seed)
-    rows = select(sample, counts, method, seed)
-    labels = one_hot(sample.label[rows], len(counts))
+    sample = sample_for(pool, counts, config.seed)
+    rows = select(sample, counts, method, config.seed)
+    labels = smoothed(one_hot(sample.label[rows], len(counts)), config.synthetic.label_smoothing)
     if pool.tag.encoding_width is not None:
         return SyntheticTAG(torch.from_numpy(sample.features[rows])[:, None], labels), 2 * sample.features[rows].size
     tokens = pool.tokens(sample.place[rows])

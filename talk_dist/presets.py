@@ -24,7 +24,7 @@ def preset(name: str = "default") -> DistillConfig:
         return DistillConfig(
             encoder=EncoderConfig(pooling="cls", adapters=True),
             kernel=KernelConfig(architecture="gcn", norms="linear", ridge=1e-5),
-            synthetic=SyntheticConfig(tokens=256, init="random", storage="float32"),
+            synthetic=SyntheticConfig(tokens=256, init="random", label_smoothing=0.0, storage="float32"),
             inner=InnerConfig(passes=90, gnn_lr=1e-3, adapter_lr=1e-4),
             outer=OuterConfig(epochs=80, steps=8, rows=0, lr=1e-4, patience=80),
         )

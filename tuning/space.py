@@ -74,6 +74,7 @@ def default_space() -> list[Parameter]:
     return [
         Parameter("synthetic.init", choices=("two-stage", "medoid")),
         Parameter("synthetic.tokens", choices=(8, 16, 32)),
+        Parameter("synthetic.label_smoothing", 0.0, 0.3),
         Parameter("synthetic.learn_labels", choices=(False, True)),
         Parameter("kernel.propagation", choices=("mean", "sym")),
         Parameter("kernel.architecture", choices=("sgc", "gcn")),
@@ -86,7 +87,6 @@ def default_space() -> list[Parameter]:
         Parameter("two_stage.feature_steps", 40, 240, when=two_stage),
         Parameter("two_stage.feature_lr", 3e-3, 3e-2, log=True, when=two_stage),
         Parameter("two_stage.student_steps", 0, 120, when=two_stage),
-        Parameter("two_stage.label_smoothing", 0.0, 0.3, when=two_stage),
         Parameter("two_stage.token_steps", 40, 200, when=two_stage),
         Parameter("outer.lr", 1e-4, 1e-2, log=True, when=steps),
         Parameter("outer.steps", 2, 16, when=steps),

@@ -13,6 +13,7 @@ from talk_dist.config import DistillConfig, InnerConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import describe, distill
 from talk_dist.evaluate import TrainingSet, coreset_tag, encoded_set, token_set
+from talk_dist.models.inner import smoothed
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback
 from talk_dist.runtime.checkpoint import Checkpoint
@@ -75,11 +76,12 @@ class Cell:
     ) -> SyntheticTAG:
         counts, about = class_counts(tag, config.synthetic.size), describe(pool, encoder, config)
         if self.method.kind == "coreset":
-            made, size = coreset_tag(pool, encoder, counts, self.method.source, self.seed)
+            made, size = coreset_tag(pool, encoder, counts, self.method.source, config)
             return dataclasses.replace(made, config=about | {"storage": "float32", "token_ids_bytes": size})
 
         sample = sample_for(pool, counts, self.seed)
-        h_s, y_s = FEATURE_LEVEL[self.method.source](sample, counts, self.seed)
+        h_s, classes = FEATURE_LEVEL[self.method.source](sample, counts, self.seed)
+        y_s = smoothed(classes, config.synthetic.label_smoothing)  # what serves one method serves all
         if not self.method.invert:
             return SyntheticTAG(h_s[:, None], y_s, config=about | {"level": "features"}).as_stored()
         x_s = fit_texts(encoder, choose(pool, sample, counts, "medoid", config), h_s, config, tell.progress)

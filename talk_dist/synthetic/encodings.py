@@ -28,7 +28,7 @@ def optimise_encodings(
 ) -> tuple[Tensor, float]:
     """From ``start`` (M, d) with one-hot labels ``y_s`` (M, C): the encodings, and the log temperature of the loss.
 
-    Students learn labels that `two_stage.label_smoothing` softens. Raises ConfigError if their training diverges.
+    Students learn labels that `synthetic.label_smoothing` softens. Raises ConfigError if their training diverges.
     """
     h_s, log_temperature = _against_the_kernel(pool, start, y_s, config, report)
     if config.two_stage.student_steps:
@@ -103,7 +103,7 @@ def student_gradient(
     own = slice(step % blocks, None, blocks)
     student = Student(config.student, h_s.shape[1], y_s.shape[1], seed)
     with pool.meter.time("unroll"):
-        labels = smoothed(y_s[own], settings.label_smoothing)
+        labels = smoothed(y_s[own], config.synthetic.label_smoothing)
         trained = Unrolled(student, h_s[own], labels, config.inner, passes, seed)
     loss = LossSpec("ce", 0.0, config.outer.targets, (step // blocks % folds, folds), (step % blocks, blocks))
     sums = pool.student_grads(StudentState.of(student, trained.weights), loss)
@@ -116,7 +116,7 @@ def student_gradient(
 
 def judged(pool: ShardPool, h_s: Tensor, y_s: Tensor, config: DistillConfig, judges: int) -> float:
     """Mean validation accuracy of so many fresh students."""
-    found, labels = [], smoothed(y_s, config.two_stage.label_smoothing)
+    found, labels = [], smoothed(y_s, config.synthetic.label_smoothing)
     for seed in range(config.seed, config.seed + judges):
         student = Student(config.student, h_s.shape[1], y_s.shape[1], seed)
         fit_encodings(student, h_s, labels, config.inner, seed=seed)

@@ -60,7 +60,8 @@ def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: 
     """
     pool = real.pool
     counts = class_counts(pool.tag, config.synthetic.size)
-    y_s, blocks = one_hot_labels(counts), config.kernel.blocks(int(counts.sum()))
+    classes, blocks = one_hot_labels(counts), config.kernel.blocks(int(counts.sum()))
+    y_s = smoothed(classes, config.synthetic.label_smoothing)
     sample = sample_for(pool, counts, config.seed)
     given, how = pool.tag.encoding_width is not None, "random" if config.synthetic.init == "random" else "medoid"
     if config.synthetic.init != "two-stage":
@@ -71,8 +72,7 @@ def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: 
         return Start(x_s, y_s, Objective.initial_log_temperature)
     texts = None if given else choose(pool, sample, counts, how, config)
     start = torch.from_numpy(class_centres(sample, counts, config.seed, blocks))
-    h_s, log_temperature = optimise_encodings(pool, start, y_s, config, report)
-    y_s = smoothed(y_s, config.two_stage.label_smoothing)
+    h_s, log_temperature = optimise_encodings(pool, start, classes, config, report)
     x_s = h_s[:, None] if texts is None else fit_texts(encoder, texts, h_s, config, report)
     return Start(x_s, y_s, log_temperature)
 

@@ -25,7 +25,7 @@ def settings(**sections):
     """A small distillation; ``sections`` are dicts of fields to change."""
     values = {
         "kernel": {"precision": "float64", "ridge": 0.1},
-        "synthetic": {"size": 7, "tokens": 6, "init": "medoid", "storage": "float32"},
+        "synthetic": {"size": 7, "tokens": 6, "init": "medoid", "label_smoothing": 0.0, "storage": "float32"},
         "two_stage": {"feature_steps": 20, "student_steps": 4, "student_passes": 10, "token_steps": 20},
         "student": {"hidden": 16, "dropout": 0.0},
         "inner": {"passes": 30, "gnn_lr": 0.02},

@@ -26,7 +26,7 @@ def quick(**changes):
 
 
 def a_coreset(pool, encoder, method="random"):
-    return coreset_tag(pool, encoder, allocate(6, pool.tag.train_class_counts), method, 0)[0]
+    return coreset_tag(pool, encoder, allocate(6, pool.tag.train_class_counts), method, DistillConfig())[0]
 
 
 @pytest.mark.parametrize("adapters", [False, True])

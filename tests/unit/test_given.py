@@ -321,7 +321,7 @@ def test_starts_and_coresets_are_propagated_encodings(given_tags, encoder):
     pool = pool_of(given_tags[3], encoder, config.kernel)
     rows = {tuple(row) for row in pool.sample(99, 0).features.tolist()}
     start = initialise(RealSide(pool, config), encoder, config, lambda *_: None)
-    coreset, size = coreset_tag(pool, encoder, class_counts(pool.tag, 6), "herding", 0)
+    coreset, size = coreset_tag(pool, encoder, class_counts(pool.tag, 6), "herding", DistillConfig())
     assert size == 6 * 2 * WIDTH
     for x in (start.x_s, coreset.token_embeds):
         assert x.shape == (6, 1, WIDTH)
