@@ -154,8 +154,9 @@ class TwoStageConfig:
     feature_steps: int = 120
     """Adam steps on the encodings themselves against the kernel; no encoder pass is needed."""
     student_steps: int = 60
-    """Further steps on them through students: each trains one afresh and follows the loss of the real rows back through
-    its training. What the kernel, a student of infinite width, does not see (benchmarks/results/students.md)."""
+    """Further steps on them (on each block of them) through students: each trains one afresh and follows the loss of
+    the real rows back through its training. What the kernel, a student of infinite width, does not see
+    (benchmarks/results/students.md)."""
     student_passes: int = 100
     """Such a student is trained for half to all of so many passes."""
     judges: int = 3

@@ -86,9 +86,9 @@ def work(
             checks = two.judges * (two.student_steps // two.validate_every + 1)
             unrolled = two.student_steps * 0.75 * two.student_passes  # passes, gone through once and, dearer, again
             real = min(wanted, outer.rows or wanted) / m * student  # the gradient on real rows, relative to a pass
-            flop["initialise"] += 4 * unrolled * student / blocks + two.student_steps * real
+            flop["initialise"] += 4 * unrolled * student + two.student_steps * blocks * real
             flop["initialise"] += checks * (inner.passes * student + scores) + checks / two.judges * predicted
-            steps["initialise"] += 2 * int(unrolled) + checks * inner.passes
+            steps["initialise"] += 2 * int(unrolled) * blocks + checks * inner.passes
     flop["outer epochs"] = epochs * (fit + scores + predicted) + outer.epochs * outer.steps * (inject + step)
     if evaluation is not None:
         small = 1 + sum(name != "full" for name in evaluation.against)

@@ -50,6 +50,7 @@ def _against_the_kernel(
         ]
     )
     best, best_accuracy, krr_accuracy = (h_s.detach().clone(), log_temperature.item()), -1.0, 0.0
+    total = settings.feature_steps + settings.student_steps * config.kernel.blocks(len(start))
     for step in range(settings.feature_steps + 1):
         if step % settings.validate_every == 0 or step == settings.feature_steps:
             krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
@@ -58,7 +59,7 @@ def _against_the_kernel(
                 best, best_accuracy = (h_s.detach().clone(), log_temperature.item()), val_accuracy
         gradient = objective(h_s.detach(), y_s, log_temperature.item(), step)
         facts = {"loss": gradient.loss, "val": best_accuracy, "krr_val": krr_accuracy}
-        report("encodings", step, settings.feature_steps + settings.student_steps, facts)
+        report("encodings", step, total, facts)
         h_s.grad = gradient.d_hs.to(h_s)
         log_temperature.grad = torch.tensor(gradient.d_log_temperature, dtype=torch.float64)
         optimizer.step()
@@ -66,36 +67,42 @@ def _against_the_kernel(
 
 
 def _through_students(pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
-    """Nothing is kept that does not validate half a standard error better than ``start``."""
+    """Nothing is kept that does not validate half a standard error better than ``start``. Blocks take turns: each has
+    an optimizer of its own, and `two_stage.student_steps` steps."""
     settings, objective, num_val = config.two_stage, Objective(pool, config), pool.tag.meta["split_sizes"]["val"]
-    h_s = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([h_s], lr=settings.feature_lr * float(start.pow(2).mean().sqrt()))
+    blocks, size = config.kernel.blocks(len(start)), float(start.pow(2).mean().sqrt())
+    steps, every = settings.student_steps * blocks, settings.validate_every * blocks
+    h_s = start.clone()
+    nodes = [h_s[block::blocks].clone().requires_grad_() for block in range(blocks)]
+    optimizers = [torch.optim.Adam([own], lr=settings.feature_lr * size) for own in nodes]
     best, best_accuracy, krr_accuracy, needed = start, -1.0, 0.0, 0.0
     facts: dict[str, float] = {}
-    for step in range(settings.student_steps + 1):
-        if step % settings.validate_every == 0 or step == settings.student_steps:
-            krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
-            val_accuracy = judged(pool, h_s.detach(), y_s, config, settings.judges)
+    for step in range(steps + 1):
+        if step % every == 0 or step == steps:
+            krr_accuracy = accuracy(objective.krr_counts(h_s, y_s, "val"))
+            val_accuracy = judged(pool, h_s, y_s, config, settings.judges)
             if val_accuracy > max(best_accuracy, needed):
-                best, best_accuracy = h_s.detach().clone(), val_accuracy
+                best, best_accuracy = h_s.clone(), val_accuracy
             if not step:
                 needed = val_accuracy + 0.5 * math.sqrt(val_accuracy * (1 - val_accuracy) / num_val)
         facts |= {"val": best_accuracy, "krr_val": krr_accuracy}
-        report("encodings", settings.feature_steps + step, settings.feature_steps + settings.student_steps, facts)
-        if step < settings.student_steps:
-            facts["loss"], h_s.grad = student_gradient(pool, h_s.detach(), y_s, config, step)
-            optimizer.step()
+        report("encodings", settings.feature_steps + step, settings.feature_steps + steps, facts)
+        if step < steps:
+            block = step % blocks
+            facts["loss"], nodes[block].grad = student_gradient(pool, h_s, y_s, config, step)
+            optimizers[block].step()
+            h_s[block::blocks] = nodes[block].detach()
     return best
 
 
 def student_gradient(
     pool: ShardPool, h_s: Tensor, y_s: Tensor, config: DistillConfig, step: int
 ) -> tuple[float, Tensor]:
-    """Mean cross-entropy, over the real rows whose turn it is, of a student trained on ``h_s`` (M, d) with softened
-    ``y_s`` (M, C), and its gradient (M, d).
+    """Mean cross-entropy, over the real rows whose turn it is, of a student trained on those nodes of ``h_s`` (M, d), with
+    softened ``y_s`` (M, C), whose block has its turn; and its gradient with respect to them.
 
     The student starts afresh in each step, and stops after half to all of `two_stage.student_passes`: what serves every
-    start and every age serves one that nobody has seen. Of several blocks, one has its turn, with its real rows.
+    start and every age serves one that nobody has seen.
     """
     settings, seed = config.two_stage, config.seed + 1_000_003 * (step + 1)
     blocks, folds = config.kernel.blocks(len(h_s)), Objective(pool, config).folds(len(h_s))
@@ -109,9 +116,7 @@ def student_gradient(
     sums = pool.student_grads(StudentState.of(student, trained.weights), loss)
     with pool.meter.time("unroll"):
         d_weights = {name: torch.from_numpy(value / sums.num_rows) for name, value in sums.d_weights.items()}
-        d_hs = torch.zeros_like(h_s)
-        d_hs[own] = trained.pull(d_weights)
-    return sums.loss / sums.num_rows, d_hs
+        return sums.loss / sums.num_rows, trained.pull(d_weights)
 
 
 def judged(pool: ShardPool, h_s: Tensor, y_s: Tensor, config: DistillConfig, judges: int) -> float:

@@ -72,14 +72,20 @@ def test_gradient_is_that_of_the_dense_whole(graph, tags, table_encoder, make_po
 
 
 def test_blocks_take_turns(table_encoder, make_pool, start):
-    """A step moves the nodes of one block."""
+    """A step's gradient is of one block's nodes, and after as many steps as there are blocks all have moved."""
+    h_s, y_s = start
     pool = make_pool(table_encoder(), 2, architecture="sgc")
-    gradients = [student_gradient(pool, *start, CONFIG, step)[1] for step in range(4)]
-    assert CONFIG.kernel.blocks(M) == 2
-    for step, gradient in enumerate(gradients):
-        moved = gradient.abs().sum(1) > 0
-        assert moved[step % 2 :: 2].all()
-        assert not moved[1 - step % 2 :: 2].any()
+    alone = replace(CONFIG, kernel=KernelConfig(block=0))
+    for step in range(3):
+        loss, gradient = student_gradient(pool, h_s, y_s, CONFIG, step)
+        assert gradient.shape == (12, 8)
+        assert loss != student_gradient(pool, h_s, y_s, alone, step)[0]
+    config = replace(CONFIG, two_stage=replace(CONFIG.two_stage, student_steps=10))
+    told = []
+    after, _ = optimise_encodings(pool, *start, config, lambda *report: told.append(report))
+    assert [done for _, done, _, _ in told] == [0, *range(21)]
+    assert {total for _, _, total, _ in told} == {20}
+    assert ((after - h_s).abs().sum(1) > 0).all()
 
 
 def test_students_that_nobody_has_seen_profit(graph, tags, table_encoder, make_pool, start):
@@ -102,7 +108,9 @@ def test_what_is_no_better_is_not_kept(table_encoder, make_pool, start):
 
 def test_progress_goes_on_from_the_kernel_to_the_students(table_encoder, make_pool, start):
     pool, told = make_pool(table_encoder(), 1, architecture="sgc"), []
-    config = replace(CONFIG, two_stage=replace(CONFIG.two_stage, feature_steps=5, student_steps=6))
+    config = replace(
+        CONFIG, kernel=KernelConfig(), two_stage=replace(CONFIG.two_stage, feature_steps=5, student_steps=6)
+    )
     optimise_encodings(pool, *start, config, lambda *report: told.append(report))
     assert [done for _, done, _, _ in told] == [*range(6), *range(5, 12)]
     assert {(stage, total) for stage, _, total, _ in told} == {("encodings", 11)}
