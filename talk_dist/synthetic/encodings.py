@@ -98,8 +98,8 @@ def _through_students(pool: ShardPool, start: Tensor, y_s: Tensor, config: Disti
 def student_gradient(
     pool: ShardPool, h_s: Tensor, y_s: Tensor, config: DistillConfig, step: int
 ) -> tuple[float, Tensor]:
-    """Mean cross-entropy, over the real rows whose turn it is, of a student trained on those nodes of ``h_s`` (M, d), with
-    softened ``y_s`` (M, C), whose block has its turn; and its gradient with respect to them.
+    """Mean cross-entropy, over the real rows whose turn it is, of a student trained on those nodes of ``h_s`` (M, d) whose
+    block has its turn, with softened ``y_s`` (M, C); and its gradient with respect to these nodes.
 
     The student starts afresh in each step, and stops after half to all of `two_stage.student_passes`: what serves every
     start and every age serves one that nobody has seen.
@@ -115,8 +115,9 @@ def student_gradient(
     loss = LossSpec("ce", 0.0, config.outer.targets, (step // blocks % folds, folds), (step % blocks, blocks))
     sums = pool.student_grads(StudentState.of(student, trained.weights), loss)
     with pool.meter.time("unroll"):
-        d_weights = {name: torch.from_numpy(value / sums.num_rows) for name, value in sums.d_weights.items()}
-        return sums.loss / sums.num_rows, trained.pull(d_weights)
+        rows = max(1, sums.num_rows)  # a block of a small graph may have none in this fold
+        d_weights = {name: torch.from_numpy(value / rows) for name, value in sums.d_weights.items()}
+        return sums.loss / rows, trained.pull(d_weights)
 
 
 def judged(pool: ShardPool, h_s: Tensor, y_s: Tensor, config: DistillConfig, judges: int) -> float:
