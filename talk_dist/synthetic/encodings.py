@@ -98,8 +98,8 @@ def _through_students(pool: ShardPool, start: Tensor, y_s: Tensor, config: Disti
 def student_gradient(
     pool: ShardPool, h_s: Tensor, y_s: Tensor, config: DistillConfig, step: int
 ) -> tuple[float, Tensor]:
-    """Mean cross-entropy, over the real rows whose turn it is, of a student trained on those nodes of ``h_s`` (M, d) whose
-    block has its turn, with softened ``y_s`` (M, C); and its gradient with respect to these nodes.
+    """Mean cross-entropy, over the real rows whose turn it is, of a student trained on the block of nodes whose turn it
+    is, of ``h_s`` (M, d) with softened ``y_s`` (M, C); and its gradient with respect to these nodes.
 
     The student starts afresh in each step, and stops after half to all of `two_stage.student_passes`: what serves every
     start and every age serves one that nobody has seen.
