@@ -67,31 +67,34 @@ def _against_the_kernel(
 
 
 def _through_students(pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
-    """Nothing is kept that does not validate half a standard error better than ``start``. Blocks take turns: each has
-    an optimizer of its own, and `two_stage.student_steps` steps."""
+    """Nothing is kept that does not validate half a standard error better than ``start``, and the first validation that
+    is no better than its own is the last. Blocks take turns: each has an optimizer of its own, and
+    `two_stage.student_steps` steps."""
     settings, objective, num_val = config.two_stage, Objective(pool, config), pool.tag.meta["split_sizes"]["val"]
     blocks, size = config.kernel.blocks(len(start)), float(start.pow(2).mean().sqrt())
     steps, every = settings.student_steps * blocks, settings.validate_every * blocks
     h_s = start.clone()
     nodes = [h_s[block::blocks].clone().requires_grad_() for block in range(blocks)]
     optimizers = [torch.optim.Adam([own], lr=settings.feature_lr * size) for own in nodes]
-    best, best_accuracy, krr_accuracy, needed = start, -1.0, 0.0, 0.0
-    facts: dict[str, float] = {}
-    for step in range(steps + 1):
-        if step % every == 0 or step == steps:
-            krr_accuracy = accuracy(objective.krr_counts(h_s, y_s, "val"))
+    best, first = start, judged(pool, start, y_s, config, settings.judges)
+    needed = first + 0.5 * math.sqrt(first * (1 - first) / num_val)
+    facts = {"val": first, "krr_val": accuracy(objective.krr_counts(start, y_s, "val"))}
+    for step in range(steps):
+        block = step % blocks
+        facts["loss"], nodes[block].grad = student_gradient(pool, h_s, y_s, config, step)
+        optimizers[block].step()
+        h_s[block::blocks] = nodes[block].detach()
+        over = step + 1 == steps
+        if over or (step + 1) % every == 0:
+            facts["krr_val"] = accuracy(objective.krr_counts(h_s, y_s, "val"))
             val_accuracy = judged(pool, h_s, y_s, config, settings.judges)
-            if val_accuracy > max(best_accuracy, needed):
-                best, best_accuracy = h_s.clone(), val_accuracy
-            if not step:
-                needed = val_accuracy + 0.5 * math.sqrt(val_accuracy * (1 - val_accuracy) / num_val)
-        facts |= {"val": best_accuracy, "krr_val": krr_accuracy}
-        report("encodings", settings.feature_steps + step, settings.feature_steps + steps, facts)
-        if step < steps:
-            block = step % blocks
-            facts["loss"], nodes[block].grad = student_gradient(pool, h_s, y_s, config, step)
-            optimizers[block].step()
-            h_s[block::blocks] = nodes[block].detach()
+            if val_accuracy > needed:
+                best, needed, facts["val"] = h_s.clone(), val_accuracy, val_accuracy
+            over = over or val_accuracy <= first
+        done = settings.feature_steps + (steps if over else step + 1)
+        report("encodings", done, settings.feature_steps + steps, facts)
+        if over:
+            break
     return best
 
 
