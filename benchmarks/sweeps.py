@@ -130,7 +130,8 @@ def memory(arguments: argparse.Namespace, more: list[str]) -> None:
     slopes = [float(np.polyfit(range(len(later)), [s[i] for s in later], 1)[0]) / 2**20 for i in (0, 1)]
     text = "After the first quarter, by least squares: "
     text += f"{slopes[0]:+.2f} MiB a trial in the driver, {slopes[1]:+.2f} in the trials' process."
-    command_line = " ".join(["python benchmarks/sweeps.py memory", Path(arguments.data).name, *more])
+    trials = ["--trials", str(arguments.trials)]
+    command_line = " ".join(["python benchmarks/sweeps.py memory", Path(arguments.data).name, *trials, *more])
     blocks = [rig.table(["trial", "driver, MiB", "trials' process, MiB"], rows), text]
     rig.report(arguments.out, f"Memory over {len(seen)} trials", blocks, command_line)
 
