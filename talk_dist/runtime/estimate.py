@@ -250,7 +250,8 @@ def _working(
     square, sample = 8 * m_block * m_block, _sample(meta, m, model.width)
     solve = (2 + SOLVE_BUFFERS * kernel.rounds * kernel.layers) * square
     wide = max(config.student.hidden, model.width)
-    unrolled = 3 * 4 * config.two_stage.student_passes * config.student.hidden * (model.width + classes)
+    through = config.synthetic.init == "two-stage" and config.two_stage.student_steps > 0
+    unrolled = through * 12 * config.two_stage.student_passes * config.student.hidden * (model.width + classes)
     made = 4 * 4 * min(biggest, READ_ROWS) * wide  # a student's rows, before and after a hop
     if config.student.kind == "gat":
         made = min(4 * MADE * biggest * wide, STAGE_BYTES)
