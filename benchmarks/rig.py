@@ -43,7 +43,7 @@ def started(nodes: int = 1, cpus: int = 8) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def workers() -> dict[int, str]:
+def workers(kinds: Sequence[str] = KINDS) -> dict[int, str]:
     """pid -> class of the actors that descend from this process: nobody else's."""
     found = {}
     for process in psutil.Process().children(recursive=True):
@@ -51,18 +51,18 @@ def workers() -> dict[int, str]:
             name = (process.cmdline() or [""])[0].partition(".")[0]
         except psutil.Error:  # it has just ended
             continue
-        if name in KINDS:
+        if name in kinds:
             found[process.pid] = name.removeprefix("ray::")
     return found
 
 
-def peak(pid: int) -> int:
-    """Bytes of resident memory that a process has held at most; 0 if it has ended."""
+def resident(pid: int, field: str = "VmHWM") -> int:
+    """Bytes of resident memory that a process has held at most, or holds now ("VmRSS"); 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), 0)
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(field)), 0)
 
 
 class Watch(threading.Thread):
@@ -81,7 +81,7 @@ class Watch(threading.Thread):
                 pids = workers()
             turn += 1
             for pid, kind in pids.items():
-                self.peaks[kind, pid] = max(self.peaks.get((kind, pid), 0), peak(pid))
+                self.peaks[kind, pid] = max(self.peaks.get((kind, pid), 0), resident(pid))
             if ray.is_initialized():
                 nodes = [(n["NodeManagerAddress"], n["NodeManagerPort"]) for n in ray.nodes() if n["Alive"]]
                 used = sum(node_stats(*node, False).store_stats.object_store_bytes_used for node in nodes)

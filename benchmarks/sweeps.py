@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-import psutil
 import pyarrow.parquet as pq
 import rig
 from optuna.storages import JournalStorage
@@ -98,18 +97,6 @@ def kills(arguments: argparse.Namespace, more: list[str]) -> None:
         raise SystemExit("\n".join(wrong) or f"only {len(log)} kills")
 
 
-def held_by_trials(pid: int) -> int:
-    """Bytes of resident memory of the processes below ``pid`` that run trials."""
-    held = 0
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Implicit"):
-                held += process.memory_info().rss
-        except psutil.Error:  # it has just ended
-            continue
-    return held
-
-
 def memory(arguments: argparse.Namespace, more: list[str]) -> None:
     """Resident memory of the driver and of the process of the trials, at the end of each trial."""
     with tempfile.TemporaryDirectory() as name:
@@ -120,7 +107,8 @@ def memory(arguments: argparse.Namespace, more: list[str]) -> None:
         for line in driver.stdout:
             if line.startswith("trial "):
                 time.sleep(0.3)  # what the trial held has been given back
-                seen.append((psutil.Process(driver.pid).memory_info().rss, held_by_trials(driver.pid)))
+                held = sum(rig.resident(pid, "VmRSS") for pid in rig.workers(("ray::ImplicitFunc",)))
+                seen.append((rig.resident(driver.pid, "VmRSS"), held))
         if driver.wait():
             raise SystemExit(driver.returncode)
     seen = seen[:-1]  # the last trial ends with its process

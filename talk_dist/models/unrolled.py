@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector
 
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import diverged, soft_labels
@@ -30,7 +31,7 @@ class Unrolled:
         self._student, self._config, self._seed = student, config, seed
         self._h_s, self._targets = h_s.detach(), soft_labels(y_s).to(h_s)
         self._shapes = {name: value.shape for name, value in student.named_parameters()}
-        weights = torch.cat([value.detach().flatten() for value in student.parameters()]).to(h_s)
+        weights = parameters_to_vector(student.parameters()).detach().to(h_s)
         first, second = torch.zeros_like(weights), torch.zeros_like(weights)
         self._trail: list[tuple[Tensor, Tensor, Tensor]] = []  # before each pass
         with torch.random.fork_rng(devices=[]):
