@@ -6,7 +6,7 @@ The default space is `default_space()`; a YAML file narrows, fixes, extends or d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ class Suggest(Protocol):
 class Parameter:
     """One setting: a range (``low``, ``high``) or ``choices``; asked for only where ``when`` holds.
 
-    ``when`` maps other settings to the values that they must have.
+    ``when`` maps other settings to the values that they may have.
     """
 
     key: str
@@ -39,7 +39,14 @@ class Parameter:
     high: float = 0.0
     log: bool = False
     choices: tuple[Value, ...] = ()
-    when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    when: Mapping[str, Collection[Value]] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """What it is, as a person reads it."""
+        what = f"one of {list(self.choices)}" if self.choices else f"{self.low} to {self.high}"
+        where = [f"{key} in {allowed}" for key, allowed in self.when.items()]
+        return ", ".join([what] + ["log"] * self.log + [f"when {' and '.join(where)}"] * bool(where))
 
     @property
     def whole(self) -> bool:
@@ -68,7 +75,7 @@ def default_space() -> list[Parameter]:
     """Worth running as it is, frozen encoder or adapters: what moved validation accuracy on the graphs we have."""
     two_stage = {"synthetic.init": ("two-stage",)}
     adapters = {"encoder.adapters": (True,)}
-    steps = {"outer.epochs": tuple(range(1, 1000))}
+    steps = {"outer.epochs": range(1, 1000)}
     norms = {"kernel.architecture": ("gcn",), "kernel.hops": (2, 3)}
     labels = {"synthetic.learn_labels": (True,), **steps}
     return [

@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
+from talk_dist.runtime.checkpoint import differences
 from tuning.space import Nearby, Parameter, Value, suggest
 
 IDENTITY, PINNED, CONFIRMS = "identity", "pinned", "confirms"
@@ -228,14 +229,8 @@ def open_study(
                 raise
             raise ConfigError(f"--storage {storage}: cannot be opened ({str(error).splitlines()[0]})") from error
     if saved is not None and saved != told:
-        changed = [
-            f"{key}: {saved.get(key)!r} there, {told.get(key)!r} now"
-            for key in sorted(saved.keys() | told.keys())
-            if saved.get(key) != told.get(key)
-        ]
-        raise ConfigError(
-            f"study {name!r} in {storage} belongs to another sweep ({'; '.join(changed)}); choose another --name"
-        )
+        changed = "; ".join(differences(saved, told))
+        raise ConfigError(f"study {name!r} in {storage} belongs to another sweep ({changed}); choose another --name")
     return Study(study, space, base, strategy)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -123,7 +123,7 @@ class Tune:
         self._check(tag, [base, *ends])
         identity = base.deciding() | {
             "data hash": tag.meta["hash"],
-            "space": [asdict(parameter) for parameter in space],
+            "space": {parameter.key: parameter.words for parameter in space},
             "ladder": self.ladder,
             "students": self.students,
         }

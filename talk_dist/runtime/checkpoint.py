@@ -7,6 +7,7 @@ that was never interrupted, to the bit.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from talk_dist.data import storage
 from talk_dist.errors import ConfigError, DataError
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = 200
 
 
 @dataclass
@@ -104,11 +108,11 @@ class Checkpoint:
 
 
 def differences(saved: Any, current: Any, where: str = "") -> list[str]:
-    """Where two trees of settings differ, one line each."""
+    """Where two trees of settings differ, one short line each; ``None`` is what only the other has."""
     if isinstance(saved, dict) and isinstance(current, dict):
         keys = sorted(saved.keys() | current.keys())
         return [line for key in keys for line in differences(saved.get(key), current.get(key), f"{where}.{key}")]
-    return [] if saved == current else [f"{where[1:]}: {saved!r} there, {current!r} now"]
+    return [] if saved == current else [f"{where[1:]}: {_BRIEF.repr(saved)} there, {_BRIEF.repr(current)} now"]
 
 
 class OuterOptimizer:
