@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from test_pool import SMALL, answers, local_pool, same
 
+from talk_dist.config import SyntheticConfig, TwoStageConfig
 from talk_dist.distill import distill
 from talk_dist.errors import ShardError
 from talk_dist.runtime.callbacks import Callback
 
+BOTH = replace(
+    SMALL,
+    synthetic=SyntheticConfig(size=6, tokens=4, init="two-stage"),
+    two_stage=TwoStageConfig(2, student_steps=2, student_passes=5, judges=1, token_steps=2, validate_every=1),
+)
 TRAPS = [
     ("encode", 1),
+    ("student_grads", 2),
     ("exchange-H", 0),
     ("propagate", 3),
     ("exchange-Z", 2),
@@ -27,7 +36,7 @@ class Setting(Callback):
     """Sets some traps after each epoch, so that they spring one after another."""
 
     def __init__(self, trap):
-        self.trap, self.left = trap, [TRAPS[:3], TRAPS[3:7], TRAPS[7:]]  # four in one call would be too many
+        self.trap, self.left = trap, [TRAPS[:4], TRAPS[4:8], TRAPS[8:]]  # four in one call would be too many
         self.epoch({})
 
     def epoch(self, record):
@@ -37,10 +46,10 @@ class Setting(Callback):
 
 def test_actors_killed_in_every_phase_change_nothing(four, make_encoder, make_ray_pool, trap):
     encoder = make_encoder(adapters=True)
-    expected = distill(local_pool(four, encoder), encoder, SMALL)
+    expected = distill(local_pool(four, encoder), encoder, BOTH)
     pool = make_ray_pool(four, encoder, actors=2)
     try:
-        found = distill(pool, encoder, SMALL, [Setting(trap)])
+        found = distill(pool, encoder, BOTH, [Setting(trap)])
         restarts = pool.vitals().restarts
     finally:
         pool.close()
