@@ -203,14 +203,34 @@ class TextEncoder:
             return fit_encodings(student, h_s, y_s, config, seed=seed, select=select)
         return fit_adapters(self, student, x_s, y_s, config, mask=mask, seed=seed, batch=batch, select=select)
 
-    def forward_embeds(self, x: Tensor, mask: Tensor | None = None, dropout_seed: int | None = None) -> Tensor:
-        """Pooled encodings (m, d) float32 of ``x`` (m, T, d_tok), differentiable; dropout only with a seed."""
+    def states_below(self, x: Tensor, mask: Tensor | None = None, batch: int = 32) -> Tensor | None:
+        """What enters the first layer with adapters, (M, T, d), of token embeddings ``x``; None if that is the first
+        layer of all."""
+        split = self._split
+        if split is None:
+            return None
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    split.below(lambda s=s: self.forward_embeds(x[s], _rows(mask, s)))  # type: ignore[misc]
+                    for s in _slices(len(x), batch)
+                ]
+            )
+
+    def forward_embeds(
+        self, x: Tensor, mask: Tensor | None = None, dropout_seed: int | None = None, below: Tensor | None = None
+    ) -> Tensor:
+        """Pooled encodings (m, d) float32 of ``x`` (m, T, d_tok), differentiable; dropout only with a seed.
+
+        With ``below``, their `states_below`, the pass begins at the first layer with adapters.
+        """
         if x.shape[1] > self.max_positions:
             raise ConfigError(
                 f"synthetic.tokens = {x.shape[1]}: {self.config.name!r} has {self.max_positions} positions"
             )
         mask = torch.ones(x.shape[:2], dtype=torch.long) if mask is None else mask.long()
-        with self._dropout(dropout_seed):
+        begun = nullcontext() if below is None or self._split is None else self._split.above(below)
+        with self._dropout(dropout_seed), begun:
             return self._forward(mask, inputs_embeds=x.to(self.device)).float()
 
     def _forward(self, mask: Tensor, **inputs: Tensor) -> Tensor:

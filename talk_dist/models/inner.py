@@ -43,7 +43,10 @@ def one_hot(label: np.ndarray, num_classes: int) -> Tensor:
 class Adapted(Protocol):
     """What training needs of an encoder with adapters."""
 
-    def forward_embeds(self, x: Tensor, mask: Tensor | None = None, dropout_seed: int | None = None) -> Tensor: ...
+    def forward_embeds(
+        self, x: Tensor, mask: Tensor | None = None, dropout_seed: int | None = None, below: Tensor | None = None
+    ) -> Tensor: ...
+    def states_below(self, x: Tensor, mask: Tensor | None = None, batch: int = 32) -> Tensor | None: ...
     def adapter_parameters(self) -> dict[str, nn.Parameter]: ...
     def adapters(self) -> Adapters: ...
     def load_adapters(self, adapters: Adapters) -> None: ...
@@ -61,19 +64,20 @@ def fit_adapters(
     batch: int = 32,
     select: Select | None = None,
 ) -> FitResult:
-    """Train student and adapters on (x_s, y_s, I).
+    """Train student and adapters on (x_s, y_s, I). Layers below the adapters run once.
 
     The gradients of all batches are summed before the step, so that the batch size changes memory and not the
     result (but for dropout's draws).
     """
-    targets = soft_labels(y_s)
+    targets, below = soft_labels(y_s), encoder.states_below(x_s, mask, batch)
 
     def step(index: int) -> Tensor:
         total = torch.zeros(())
         for start in range(0, len(x_s), batch):
             rows = slice(start, start + batch)
             dropout_seed = seed + index * len(x_s) + start
-            h = encoder.forward_embeds(x_s[rows], None if mask is None else mask[rows], dropout_seed)
+            own = (None if given is None else given[rows] for given in (mask, below))
+            h = encoder.forward_embeds(x_s[rows], next(own), dropout_seed, next(own))
             loss = cross_entropy(student(h), targets[rows].to(h), reduction="sum") / len(x_s)
             loss.backward()
             total += loss.detach().cpu()

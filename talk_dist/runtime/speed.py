@@ -68,7 +68,8 @@ def work(
     predicted = row * min(nodes, meta["split_sizes"]["val"] / blocks * reach) + SOLVE_FLOP / 2 * m * m / blocks
     scores = (2.0 * nodes * model.width * config.student.hidden + 2.0 * entries * config.student.hidden) / SMALL_SHARE
     student = 6.0 * m * config.student.hidden * (model.width + classes) / SMALL_SHARE
-    fit = inner.passes * ((3 * forward if adapters else 0.0) + student)
+    upper = 3 * forward * adapted_layers(config, model) / max(1, model.layers)  # of a pass, with gradient
+    fit = inner.passes * (upper + student)
     epochs = outer.epochs + 1
     lessons = (1 + epochs if adapters else 1) if taught else 0
     lesson = inner.passes * 6.0 * train * config.student.hidden * (model.width + classes) / SMALL_SHARE
@@ -93,7 +94,7 @@ def work(
     if evaluation is not None:
         small = 1 + sum(name != "full" for name in evaluation.against)
         checks = evaluation.recipe.passes // evaluation.recipe.select_every + 1
-        one = evaluation.recipe.passes * ((3 * forward if adapters else 0.0) + student) + checks * scores
+        one = evaluation.recipe.passes * (upper + student) + checks * scores
         whole = 3 * evaluation.recipe.passes * scores + checks * scores
         if adapters:
             one += 2 * again - checks * scores

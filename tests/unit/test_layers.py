@@ -12,10 +12,11 @@ import torch
 import transformers
 from torch import nn
 
-from talk_dist.config import EncoderConfig, KernelConfig
+from talk_dist.config import EncoderConfig, InnerConfig, KernelConfig, StudentConfig
 from talk_dist.data.tag import TokenLists
 from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import TextEncoder
+from talk_dist.models.gnn import Student
 from talk_dist.models.layers import Split
 from talk_dist.models.protocol import Lower
 from talk_dist.resources import RuntimeConfig
@@ -287,7 +288,35 @@ def test_usual_architectures_are_split(kind, tmp_path):
         whole = encoder.encode_tokens(texts)
         for _ in range(2):
             np.testing.assert_array_equal(encoder.encode_tokens(texts, None, lower), whole)
-        assert encoder.inject(torch.randn(2, 3, 16), torch.randn(2, 16)).abs().sum() > 0
+        x = torch.randn(2, 3, 16)
+        assert encoder.inject(x, torch.randn(2, 16)).abs().sum() > 0
+        assert encoder.forward_embeds(torch.zeros_like(x), below=encoder.states_below(x)).equal(
+            encoder.encode_embeds(x)
+        )
+
+
+# -- training from what is below the adapters ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_training_from_the_states_below_is_training_from_the_tokens(upper, monkeypatch, pooling):
+    """To the bit, dropout and padding included; the layer below sees each synthetic node once."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = 0.3 * torch.randn(5, 4, 32, generator=generator), torch.eye(3)[[0, 1, 2, 0, 1]]
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    config, results = InnerConfig(passes=6, adapter_lr=1e-2), []
+    for spared in (True, False):
+        encoder = upper(dropout=0.5, pooling=pooling)
+        if not spared:
+            monkeypatch.setattr(encoder, "states_below", lambda *_: None)
+        student, start = Student(StudentConfig(hidden=8), 32, 3, seed=1), encoder.adapters()
+        with runs(encoder) as counts:
+            encoder.fit(student, x, y, config, mask=mask, seed=3, batch=2)
+        assert counts == ([5, 30] if spared else [30, 30])
+        assert any((value != start[name]).any() for name, value in encoder.adapters().items())
+        results.append([*encoder.adapters().values(), *(p.detach().numpy() for p in student.parameters())])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # -- the last layer for one position ------------------------------------------------------------------------
