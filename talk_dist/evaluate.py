@@ -16,6 +16,7 @@ import torch
 
 from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
 from talk_dist.errors import ConfigError
+from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings, one_hot, smoothed
 from talk_dist.models.protocol import Adapters, Encoder, Report
@@ -172,9 +173,14 @@ def full_set(whole: WholeGraph, pool: ShardPool, encoder: Encoder, recipe: Inner
 def train_on(
     tag: SyntheticTAG, student: Student, pool: ShardPool, encoder: Encoder, recipe: InnerConfig, seed: int
 ) -> None:
-    """Train ``student``, and the encoder's adapters if it has any, on a small set; without adapters, which would have
-    to encode the real texts each time, the pass that validates best is kept."""
-    choose = None if encoder.adapted else lambda trained: student_accuracy(pool, trained, "val")
+    """Train ``student``, and the encoder's adapters if it has any, on a small set, and keep the pass that validates
+    best; of adapters on workers, which cannot be asked in between, that of the lowest training loss."""
+
+    def validated(trained: Student) -> float:
+        pool.encode(encoder.adapters())
+        return student_accuracy(pool, trained, "val")
+
+    choose = validated if not encoder.adapted or isinstance(encoder, TextEncoder) else None
     encoder.fit(student, tag.token_embeds, tag.labels, recipe, mask=tag.mask, seed=seed, select=choose)
 
 

@@ -50,6 +50,8 @@ class InnerConfig:
     """Stop below this training loss."""
     select_every: int = 10
     """Passes between validations where a student is selected by validation accuracy (evaluation)."""
+    adapter_select_every: int = 50
+    """The same with adapters, where each validation encodes the real texts again."""
 
     def __post_init__(self) -> None:
         check(
@@ -58,4 +60,6 @@ class InnerConfig:
             gnn_lr=(self.gnn_lr > 0, self.gnn_lr, "positive"),
             adapter_lr=(self.adapter_lr > 0, self.adapter_lr, "positive"),
             patience=(self.patience >= 1, self.patience, "at least 1"),
+            select_every=(self.select_every >= 1, self.select_every, "at least 1"),
+            adapter_select_every=(self.adapter_select_every >= 1, self.adapter_select_every, "at least 1"),
         )

@@ -161,8 +161,11 @@ def evaluation(
     """evaluation.md: the table, and what it takes to get it again."""
     recipe, student = config.recipe, config.student
     chosen = "the pass is chosen on the validation nodes"
-    if adapters:  # validation would encode all real texts
-        chosen = f"the pass of lowest training loss counts (full: {config.full_epochs} epochs, chosen on validation)"
+    if adapters:
+        chosen += (
+            f", with adapters, which follow, every {recipe.adapter_select_every} passes (full: after each of "
+            f"{config.full_epochs} epochs; on deepspeed.workers the lowest training loss counts instead)"
+        )
     how = (
         f"Mean ± standard deviation over {config.seeds} seeds. Every student is a {student.kind.upper()} of "
         f"{student.depth} hops and width {student.hidden}, trained for at most {recipe.passes} passes at learning rate "

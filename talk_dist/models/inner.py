@@ -43,6 +43,7 @@ def one_hot(label: np.ndarray, num_classes: int) -> Tensor:
 class Adapted(Protocol):
     """What training needs of an encoder with adapters."""
 
+    def encode_embeds(self, x: Tensor, mask: Tensor | None = None, batch: int = 32) -> Tensor: ...
     def forward_embeds(
         self, x: Tensor, mask: Tensor | None = None, dropout_seed: int | None = None, below: Tensor | None = None
     ) -> Tensor: ...
@@ -66,9 +67,16 @@ def fit_adapters(
 ) -> FitResult:
     """Train student and adapters on (x_s, y_s, I). Layers below the adapters run once.
 
+    With ``select`` the student learns first, from what the encoder says as it is: a fresh one would spoil the encoder
+    (Kumar et al., ICLR 2022), and what is selected is never worse than without adapters.
+
     The gradients of all batches are summed before the step, so that the batch size changes memory and not the
     result (but for dropout's draws).
     """
+    selected = -math.inf
+    if select is not None:
+        h_s = encoder.encode_embeds(x_s, mask, batch)
+        selected = fit_encodings(student, h_s, y_s, config, seed=seed, select=select).selected
     targets, below = soft_labels(y_s), encoder.states_below(x_s, mask, batch)
 
     def step(index: int) -> Tensor:
@@ -83,7 +91,7 @@ def fit_adapters(
             total += loss.detach().cpu()
         return total
 
-    return train(step, student, config, encoder=encoder, seed=seed, select=select)
+    return train(step, student, config, encoder=encoder, seed=seed, select=select, selected=selected)
 
 
 def fit_encodings(
@@ -108,14 +116,17 @@ def train(
     encoder: Adapted | None = None,
     seed: int,
     select: Select | None = None,
+    selected: float = -math.inf,
 ) -> FitResult:
     """AdamW on student and adapters over ``step(pass)``, which leaves gradients and returns the loss.
 
-    Without ``select`` the best pass has the lowest training loss; with it, the highest ``select(student)``,
-    asked every ``config.select_every`` passes (validation accuracy). Shared by the small sets above and by
-    the full-data reference, so that one recipe serves both.
+    Without ``select`` the best pass has the lowest training loss; with it, the highest ``select(student)`` (validation
+    accuracy), asked every ``config.select_every`` passes, with adapters ``adapter_select_every``; ``selected`` is what
+    it says of the start, which remains if nothing is better. Shared by the small sets above and by the full-data
+    reference, so that one recipe serves both.
     """
     parameters = encoder.adapter_parameters() if encoder else {}
+    every = config.adapter_select_every if encoder else config.select_every
     for p in parameters.values():
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(
@@ -124,7 +135,9 @@ def train(
             {"params": parameters.values(), "lr": config.adapter_lr, "weight_decay": 0.0},
         ]
     )
-    best, best_value, best_loss, stale, index = None, -float("inf"), float("inf"), 0, 0
+    best, best_value, best_loss, stale, index = None, selected, math.inf, 0, 0
+    if selected > -math.inf:
+        best = _snapshot(student, encoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for index in range(1, config.passes + 1):
@@ -139,7 +152,7 @@ def train(
             if select is None and loss <= best_loss:
                 best_value, best = -loss, _snapshot(student, encoder)
             optimizer.step()
-            if select is not None and (last or index % config.select_every == 0):
+            if select is not None and (last or index % every == 0):
                 student.eval()
                 value = select(student)
                 if value > best_value:

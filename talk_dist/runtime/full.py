@@ -61,26 +61,27 @@ def fit_full(
 ) -> FitResult:
     """Train on every training node, choosing the pass by validation accuracy.
 
-    A frozen encoder: full-batch passes over its encodings. With adapters: ``epochs`` of mini-batches whose
-    own texts are encoded with gradient, while their neighbours keep the encodings of the last epoch.
+    First full-batch passes over the encodings; with adapters then ``epochs`` of mini-batches whose own texts are
+    encoded with gradient, while their neighbours keep the encodings of the last epoch.
     """
-    graph = local_graph(student.config.kind, whole.indptr, whole.indices, whole.degree)
-    h, train_rows = torch.from_numpy(pool.gather()), torch.from_numpy(whole.train)
-    labels = torch.from_numpy(whole.label)
-    if not encoder.adapted:
-
-        def whole_batch(index: int) -> torch.Tensor:
-            loss = cross_entropy(student(h, graph)[train_rows], labels[train_rows])
-            loss.backward()
-            return loss.detach()
-
-        return train(whole_batch, student, config, seed=seed, select=lambda s: student_accuracy(pool, s, "val"))
-
-    if not isinstance(encoder, TextEncoder):
+    if encoder.adapted and not isinstance(encoder, TextEncoder):
         raise ConfigError(
             "training adapters on the full set needs the language model in one process: leave `full` out of "
             "--evaluation.against, or set deepspeed.workers to 0"
         )
+    pool.encode(encoder.adapters())
+    graph = local_graph(student.config.kind, whole.indptr, whole.indices, whole.degree)
+    h, train_rows = torch.from_numpy(pool.gather()), torch.from_numpy(whole.train)
+    labels = torch.from_numpy(whole.label)
+
+    def whole_batch(index: int) -> torch.Tensor:
+        loss = cross_entropy(student(h, graph)[train_rows], labels[train_rows])
+        loss.backward()
+        return loss.detach()
+
+    first = train(whole_batch, student, config, seed=seed, select=lambda s: student_accuracy(pool, s, "val"))
+    if not isinstance(encoder, TextEncoder) or not encoder.adapted:
+        return first
     batches = -(-len(train_rows) // BATCH)
     generator = np.random.default_rng(seed)
     order = np.concatenate([generator.permutation(whole.train) for _ in range(epochs)])
@@ -100,5 +101,5 @@ def fit_full(
         return student_accuracy(pool, current, "val")
 
     steps = -(-len(order) // BATCH)
-    joint = dataclasses.replace(config, passes=steps, patience=steps, target_loss=0.0, select_every=batches)
-    return train(mini_batch, student, joint, encoder=encoder, seed=seed, select=refresh)
+    joint = dataclasses.replace(config, passes=steps, patience=steps, target_loss=0.0, adapter_select_every=batches)
+    return train(mini_batch, student, joint, encoder=encoder, seed=seed, select=refresh, selected=first.selected)

@@ -96,9 +96,10 @@ def work(
         checks = evaluation.recipe.passes // evaluation.recipe.select_every + 1
         one = evaluation.recipe.passes * (upper + student) + checks * scores
         whole = 3 * evaluation.recipe.passes * scores + checks * scores
-        if adapters:
-            one += 2 * again - checks * scores
-            whole = evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again
+        if adapters:  # after the student on the encodings as they are
+            asked = evaluation.recipe.passes // evaluation.recipe.adapter_select_every + 1
+            one += evaluation.recipe.passes * student + (asked + 2) * again
+            whole += evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again
         full = "full" in evaluation.against
         flop["evaluate"] = evaluation.seeds * (small * one + full * whole)
         steps["evaluate"] = evaluation.seeds * evaluation.recipe.passes * (small + full)

@@ -42,7 +42,7 @@ def plain(one_ray, data, words, tmp_path_factory):
     """The folder of an undisturbed sweep of five trials, and what it said."""
     out, said = tmp_path_factory.mktemp("plain"), io.StringIO()
     line = words(data, out, trials=5, name="s")
-    space = line[line.index("--space") + 1] = shutil.copy(line[line.index("--space") + 1], out / "space.yaml")
+    space = line[line.index("--space") + 1] = str(shutil.copy(line[line.index("--space") + 1], out / "space.yaml"))
     with contextlib.redirect_stdout(said):
         assert main(line) == 0
     os.unlink(space)  # the sweep has kept it

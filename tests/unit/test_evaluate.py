@@ -57,6 +57,21 @@ def test_the_pass_is_chosen_on_validation_and_test_is_read_once_a_seed(make_enco
     assert all("test" not in asked[i - 1] for i in reads)  # each after validations of its own
 
 
+def test_adapters_never_validate_worse_than_the_encoder_as_it_was(make_encoder, make_pool):
+    """Their training begins with the student of the frozen encoder. What was scored before does not matter."""
+    scores, config = [], quick(student=StudentConfig(hidden=16, dropout=0.5), against=("full", "random"))
+    config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, adapter_lr=0.3))
+    for encoder in (make_encoder(), make_encoder(adapters=True)):
+        pool = make_pool(encoder, 2)
+        rows = evaluate(pool, encoder, a_coreset(pool, encoder, "medoid"), CONFIG, config)
+        scores.append([row.val_accuracy for row in rows])
+    assert np.all(np.array(scores[1]) >= scores[0])
+    assert scores[1] != scores[0]
+    other = dataclasses.replace(config, against=("kcenter", "full"))
+    again = evaluate(pool, encoder, a_coreset(pool, encoder, "medoid"), CONFIG, other)
+    assert again[2] == rows[1]
+
+
 @pytest.mark.parametrize("parts", [2, 7])
 def test_the_whole_graph_is_put_together_again(make_encoder, make_pool, graph, parts):
     """The full-data reference sees the same graph whatever the sharding."""

@@ -1,5 +1,7 @@
 """The inner loop: what `fit` trains, what it keeps, and what its result depends on."""
 
+import math
+
 import numpy as np
 import pytest
 import reference
@@ -183,10 +185,12 @@ def test_a_mask_hides_tokens_in_training(adapted, synthetic):
 # -- train: when it stops and what it keeps ---------------------------------------------------------------
 
 
-def scripted(losses, select=None, **settings):
+def scripted(losses, select=None, selected=-math.inf, **settings):
     """`train` on a student whose losses are given; its weights after the step of pass i are i (in one entry)."""
     student = Student(CALM, 4, C, seed=0)
     marker = next(student.parameters())
+    with torch.no_grad():
+        marker.view(-1)[0] = 0
 
     def step(index):
         with torch.no_grad():
@@ -195,7 +199,8 @@ def scripted(losses, select=None, **settings):
 
     config = InnerConfig(**{"passes": len(losses), "target_loss": 0.0, "patience": 100, **settings})
     # nothing has a gradient, so that AdamW leaves the marker alone
-    result = train(step, student, config, seed=0, select=select and (lambda model: select(marker.view(-1)[0].item())))
+    ask = select and (lambda model: select(marker.view(-1)[0].item()))
+    result = train(step, student, config, seed=0, select=ask, selected=selected)
     return result, next(student.parameters()).view(-1)[0].item()
 
 
@@ -225,3 +230,9 @@ def test_a_selected_student_is_the_best_of_those_asked():
     result, kept = scripted([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], select, select_every=2)
     assert asked == [2.0, 4.0, 6.0, 7.0]
     assert (result.selected, result.loss, kept) == (0.8, 3.0, 4.0)
+
+
+@pytest.mark.parametrize(("selected", "kept"), [(0.5, 3.0), (0.7, 0.0)])
+def test_the_start_remains_if_nothing_is_better(selected, kept):
+    result, found = scripted([9.0, 8.0, 7.0], lambda _: 0.7, selected=selected)
+    assert (result.selected, found) == (0.7, kept)
