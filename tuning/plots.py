@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from talk_dist.page import png
 from tuning.findings import Findings, judged
@@ -22,6 +23,17 @@ def draw_all(study: Study, found: Findings) -> dict[str, bytes]:
     return {name: picture for name, picture in drawn.items() if picture}
 
 
+def _scatter(axes: Any, places: list[Any], trials: list[FrozenTrial], size: float, among: list[FrozenTrial]) -> None:
+    """Accuracies of ``trials``. Far below most of those ``among`` which they are, as where one diverged, they are
+    triangles on the lower edge: the others would lie on top of each other."""
+    quarter, best = np.quantile([accuracy(trial) for trial in among], [0.25, 1.0])
+    floor = max(min(map(accuracy, among)), quarter - 2 * (best - quarter))
+    for below, marker in ((False, "o"), (True, "v")):
+        some = [(p, t) for p, t in zip(places, trials, strict=True) if (accuracy(t) < floor) == below]
+        colours = [COLOURS[t.state.name] for _, t in some]
+        axes.scatter([p for p, _ in some], [max(floor, accuracy(t)) for _, t in some], size, colours, marker)
+
+
 def _history(figure: Any, study: Study, found: Findings) -> bool:
     """Accuracy by trial, and the best so far."""
     trials = judged(study)
@@ -29,17 +41,9 @@ def _history(figure: Any, study: Study, found: Findings) -> bool:
         return False
     figure.set_size_inches(8, 4)
     axes = figure.subplots()
-    for state in ("PRUNED", "COMPLETE"):
-        some = [t for t in trials if t.state.name == state]
-        label = {"COMPLETE": "completed", "PRUNED": "stopped early"}[state]
-        axes.plot(
-            [t.number for t in some],
-            [accuracy(t) for t in some],
-            "o",
-            color=COLOURS[state],
-            label=label,
-            ms=5,
-        )
+    _scatter(axes, [trial.number for trial in trials], trials, 25, trials)
+    for state, label in (("PRUNED", "stopped early"), ("COMPLETE", "completed")):
+        axes.plot([], [], "o", color=COLOURS[state], label=label, ms=5)
     best, path = -1.0, []
     for trial in trials:
         best = max(best, accuracy(trial) if trial.state is TrialState.COMPLETE else -1.0)
@@ -106,13 +110,14 @@ def _slices(figure: Any, study: Study, found: Findings) -> bool:
         some = sorted((t for t in trials if name in t.params), key=lambda t: str(t.params[name]))
         values = [t.params[name] for t in some]
         few = any(isinstance(t.distributions[name], CategoricalDistribution) for t in some)
-        colours = [COLOURS[t.state.name] for t in some]
-        axes.scatter([str(v) for v in values] if few else values, [accuracy(t) for t in some], c=colours, s=14)
+        _scatter(axes, [str(v) for v in values] if few else values, some, 14, trials)
         axes.set_title(name)
         if few:
             axes.margins(x=0.3)
-        elif min(values) > 0 and max(values) / min(values) > 10:
+        elif any(getattr(t.distributions[name], "log", False) for t in some):
             axes.set_xscale("log")
+            ends = [min(values), max(values)]  # a power of ten need not lie between them
+            axes.set_xticks(ends, [f"{end:.2g}" for end in ends])
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.locator_params(axis="x", nbins=4)
