@@ -30,7 +30,7 @@ from talk_dist.errors import ConfigError
 from talk_dist.models.device import bfloat16
 from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import diverged, soft_labels
+from talk_dist.models.inner import cut, diverged, soft_labels
 from talk_dist.models.protocol import Adapters, FitResult
 from talk_dist.runtime.pool import peak_gpu_memory, peak_memory
 
@@ -179,7 +179,7 @@ class EncoderWorker:
     def encode_embeds(self, x: Tensor, mask: Tensor | None, batch: int, seed: int | None) -> list[tuple[int, Tensor]]:
         def one(k: int) -> Tensor:
             s = _rows(k, batch)
-            rows = None if mask is None else mask[s]
+            rows = cut(mask, s)
             return self.encoder.encode_embeds(x[s], rows, batch, None if seed is None else seed + s.start).cpu()
 
         return self._share(math.ceil(len(x) / batch), one)
@@ -189,7 +189,7 @@ class EncoderWorker:
     ) -> list[tuple[int, Tensor]]:
         def one(k: int) -> Tensor:
             s = _rows(k, batch)
-            rows = None if mask is None else mask[s]
+            rows = cut(mask, s)
             return self.encoder.inject(x[s], d_hs[s], rows, batch, None if seed is None else seed + s.start).cpu()
 
         return self._share(math.ceil(len(x) / batch), one)
@@ -274,7 +274,7 @@ class EncoderWorker:
             s = _rows(k if weight else 0, batch)
             self.engine.set_gradient_accumulation_boundary(turn == share - 1)
             self.encoder.through = self.engine
-            h = self.encoder.forward_embeds(x[s], None if mask is None else mask[s], seed + s.start)
+            h = self.encoder.forward_embeds(x[s], cut(mask, s), seed + s.start)
             self.encoder.through = self.engine.module if self.split else None
             h.register_hook(lambda grad: flows.append(bool(grad.any())))
             loss = cross_entropy(student(h), targets[s].to(h), reduction="sum") / len(x)

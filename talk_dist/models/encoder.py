@@ -25,7 +25,7 @@ from talk_dist.errors import ConfigError
 from talk_dist.models.device import bfloat16, give_back_memory, pick_device
 from talk_dist.models.given import GivenEncoder
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_adapters, fit_encodings
+from talk_dist.models.inner import cut, fit_adapters, fit_encodings
 from talk_dist.models.layers import Split, add_adapters, end_in_first_position, frozen_layers
 from talk_dist.models.protocol import Adapters, Encoder, FitResult, Lower, Progress, Select
 
@@ -155,7 +155,7 @@ class TextEncoder:
     ) -> Tensor:
         """Encodings (M, d) of token embeddings ``x`` (M, T, d_tok), without gradient, ``batch`` nodes at once."""
         with torch.no_grad():
-            parts = [self.forward_embeds(x[s], _rows(mask, s), _seed(dropout_seed, s)) for s in _slices(len(x), batch)]
+            parts = [self.forward_embeds(x[s], cut(mask, s), _seed(dropout_seed, s)) for s in _slices(len(x), batch)]
         return torch.cat(parts)
 
     def inject(
@@ -168,7 +168,7 @@ class TextEncoder:
         grads = []
         for s in _slices(len(x), batch):
             leaf = x[s].detach().requires_grad_()
-            pooled = self.forward_embeds(leaf, _rows(mask, s), _seed(dropout_seed, s))
+            pooled = self.forward_embeds(leaf, cut(mask, s), _seed(dropout_seed, s))
             grads.append(torch.autograd.grad(pooled, leaf, d_hs[s].to(pooled))[0])
         return torch.cat(grads)
 
@@ -212,7 +212,7 @@ class TextEncoder:
         with torch.no_grad():
             return torch.cat(
                 [
-                    split.below(lambda s=s: self.forward_embeds(x[s], _rows(mask, s)))  # type: ignore[misc]
+                    split.below(lambda s=s: self.forward_embeds(x[s], cut(mask, s)))  # type: ignore[misc]
                     for s in _slices(len(x), batch)
                 ]
             )
@@ -290,10 +290,6 @@ def token_batches(tokens: TokenLists, batch_tokens: int) -> tuple[np.ndarray, li
 
 def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
-    return None if mask is None else mask[rows]
 
 
 def _seed(seed: int | None, rows: slice) -> int | None:

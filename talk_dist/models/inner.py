@@ -40,6 +40,11 @@ def one_hot(label: np.ndarray, num_classes: int) -> Tensor:
     return torch.from_numpy((label[:, None] == np.arange(num_classes)).astype(np.float32))
 
 
+def cut(given: Tensor | None, rows: slice) -> Tensor | None:
+    """These rows of what may not be given."""
+    return None if given is None else given[rows]
+
+
 class Adapted(Protocol):
     """What training needs of an encoder with adapters."""
 
@@ -84,8 +89,7 @@ def fit_adapters(
         for start in range(0, len(x_s), batch):
             rows = slice(start, start + batch)
             dropout_seed = seed + index * len(x_s) + start
-            own = (None if given is None else given[rows] for given in (mask, below))
-            h = encoder.forward_embeds(x_s[rows], next(own), dropout_seed, next(own))
+            h = encoder.forward_embeds(x_s[rows], cut(mask, rows), dropout_seed, cut(below, rows))
             loss = cross_entropy(student(h), targets[rows].to(h), reduction="sum") / len(x_s)
             loss.backward()
             total += loss.detach().cpu()
