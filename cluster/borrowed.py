@@ -17,7 +17,6 @@ from talk_dist.config import EncoderConfig
 from talk_dist.data.tag import TokenLists
 from talk_dist.data.tokenizer import load_tokenizer
 from talk_dist.models.device import pick_device
-from talk_dist.models.encoder import token_batches
 from talk_dist.models.protocol import Adapters, Lower, Progress
 
 ROUND = 8  # batches of real texts that a worker encodes between two reports of progress
@@ -39,7 +38,7 @@ def encode_over(ask: Ask, tokens: TokenLists, lender: Lender, progress: Progress
 
     ``ask(reference to the tokens, batches)`` gives the encodings of each batch.
     """
-    source, batches = token_batches(tokens, lender.config.batch_tokens)
+    source, batches = tokens.batches(lender.config.batch_tokens)
     out, done, total = np.zeros((len(tokens), lender.width), dtype=np.float32), 0, sum(map(len, batches))
     texts, size = ray.put(tokens), ROUND * lender.workers
     for start in range(0, len(batches), size):

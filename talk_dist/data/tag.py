@@ -66,6 +66,24 @@ class TokenLists:
         ids[mask] = self.take(rows).values
         return ids, mask.astype(np.int64)
 
+    def batches(self, most_tokens: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """For n texts: the row (n,) whose encoding each takes, and the batches of rows that are encoded, of
+        ``most_tokens`` with what is padding.
+
+        Exact duplicates are encoded once; batches hold texts of like length, so that little is padding.
+        """
+        first: dict[bytes, int] = {}
+        source = np.array([first.setdefault(self[i].tobytes(), i) for i in range(len(self))], dtype=np.int64)
+        unique = np.unique(source)
+        lengths = np.diff(self.offsets)
+        order = unique[np.argsort(-lengths[unique], kind="stable")]
+        batches: list[np.ndarray] = []
+        while len(order):
+            size = max(1, most_tokens // max(1, int(lengths[order[0]])))
+            batches.append(order[:size])
+            order = order[size:]
+        return source, batches
+
     @staticmethod
     def from_arrow(column: pa.ChunkedArray) -> TokenLists:
         array = column.combine_chunks()

@@ -122,7 +122,7 @@ class TextEncoder:
         With ``lower`` passes begin at the first layer with adapters, from what it holds of these texts; if that is
         nothing yet, it is computed here. Raises ConfigError for values beyond its number format.
         """
-        source, batches = token_batches(tokens, self.config.batch_tokens)
+        source, batches = tokens.batches(self.config.batch_tokens)
         out, done, total = np.zeros((len(tokens), self.width), dtype=np.float32), 0, sum(map(len, batches))
         for index, batch in enumerate(batches):
             out[batch] = self.encode_batch(tokens, batch, lower)
@@ -268,24 +268,6 @@ def load_encoder(config: EncoderConfig) -> Encoder:
     quiet()
     load_tokenizer(config.name)  # says at once what is wrong with a name; the model's loader asks the hub for a minute
     return TextEncoder(config)
-
-
-def token_batches(tokens: TokenLists, batch_tokens: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """For n token lists: the row (n,) whose encoding each takes, and the batches of rows that are encoded.
-
-    Exact duplicates are encoded once; batches hold texts of like length, so that little is padding.
-    """
-    first: dict[bytes, int] = {}
-    source = np.array([first.setdefault(tokens[i].tobytes(), i) for i in range(len(tokens))], dtype=np.int64)
-    unique = np.unique(source)
-    lengths = np.diff(tokens.offsets)
-    order = unique[np.argsort(-lengths[unique], kind="stable")]
-    batches: list[np.ndarray] = []
-    while len(order):
-        size = max(1, batch_tokens // max(1, int(lengths[order[0]])))
-        batches.append(order[:size])
-        order = order[size:]
-    return source, batches
 
 
 def _slices(total: int, size: int) -> list[slice]:
