@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # with Ray's own 15 actors wait for the tests of the other process
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  by Ray's own 15 actors wait for the other tests
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
 
 import warnings

@@ -93,7 +93,7 @@ def test_actors_keep_what_is_below_the_adapters(four, make_encoder, make_ray_poo
     encoder = make_encoder(adapters=True, adapted_layers=1)
     runtime, kernel = RuntimeConfig(threads=1, cache=False, scratch=str(tmp_path)), KernelConfig(fields=fields)
     local = LocalPool(four, encoder, kernel, runtime)
-    pool = make_ray_pool(four, encoder, kernel=kernel)
+    pool = make_ray_pool(four, encoder, kernel=kernel, actors=2)
     try:
         for seed in (3, 4):
             encoder.reset_adapters(seed)
