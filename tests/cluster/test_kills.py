@@ -22,6 +22,7 @@ TRAPS = [
     ("student_grads", 2),
     ("exchange-H", 0),
     ("propagate", 3),
+    ("exchange-Z", 2),
     ("measure_norms", 0),
     ("learn", 2),
     ("loss_and_grads", 3),

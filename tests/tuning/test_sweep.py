@@ -153,9 +153,8 @@ def test_a_sweep_in_which_all_fail_says_why(one_ray, data, words, told, tmp_path
 def test_a_trial_whose_process_dies(data, words, whole, told, tmp_path, monkeypatch):
     """Once: it goes on from its checkpoint. Always: it has failed, and the next one runs. Those that are stopped early
     in between take their time to end, and the next one waits for that."""
-    monkeypatch.setattr(sweep, "RETRIES", 1)
     once, always = [row["number"] for row in whole if row["state"] == "complete"][1:3]  # a stopped one may have no end
-    for trial, deaths in ((once, 1), (always, 2)):
+    for trial, deaths in ((once, 1), (always, 3)):
         for death in range(deaths):
             (tmp_path / f"fuse-{trial:05d}-{death}").touch()
     trial, fuses = sweep._trial, str(tmp_path)
@@ -189,5 +188,5 @@ def test_a_trial_whose_process_dies(data, words, whole, told, tmp_path, monkeypa
     rows = trials(tmp_path / "s")
     assert rows[:always] == whole[:always]
     assert rows[always]["state"] == "fail"
-    assert "its process died 2 times" in rows[always]["reason"]
+    assert "its process died 3 times" in rows[always]["reason"]
     assert rows[always + 1]["state"] != "fail"
