@@ -21,7 +21,7 @@ from cases import Case, report, spread
 
 from talk_dist import EvaluateConfig, SyntheticTAG
 from talk_dist.distill import describe
-from talk_dist.evaluate import full_set, score
+from talk_dist.evaluate import reference
 from talk_dist.runtime.full import WholeGraph
 from talk_dist.synthetic.init import fit_tokens
 from talk_dist.synthetic.settle import settle
@@ -58,8 +58,8 @@ def main() -> None:
         meta, name = case.tag.meta, case.tag.meta["name"]
         scores[name, "stage one", "val"] += case.scores(case.h_s)
         if arguments.test:
-            whole = full_set(WholeGraph(case.tag), case.pool, case.encoder, EvaluateConfig().recipe, 1)
-            scores[name, "full", "test"] += score(whole, case.pool, case.encoder, EvaluateConfig(seeds=3)).accuracy
+            full = reference(WholeGraph(case.tag), case.pool, case.encoder, EvaluateConfig(seeds=3))
+            scores[name, "full", "test"] += full.accuracy
         for form in arguments.formats:
             storage, tokens, gain = form.split(":")
             tag, seconds = stored(case, storage, int(tokens), float(gain), arguments.passes)

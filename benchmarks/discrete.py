@@ -28,11 +28,12 @@ from talk_dist import DistillConfig, EvaluateConfig, LocalPool, PreparedTag, Syn
 from talk_dist.commands.report import machine
 from talk_dist.config import EncoderConfig
 from talk_dist.data.tokenizer import resolve_checkpoint
-from talk_dist.evaluate import Row, TrainingSet, coreset_tag, full_set, retention, score, token_set
+from talk_dist.evaluate import Row, reference, retention, score
 from talk_dist.runtime.callbacks import Callback, ProgressLines
 from talk_dist.runtime.full import WholeGraph
 from talk_dist.synthetic.coresets import allocate
 from talk_dist.synthetic.decode import nearest_tokens
+from talk_dist.training_sets import TrainingSet, coreset_tag, token_set
 
 FULL, MEDOID, LEARNED, PROJECTED = "full", "medoid texts", "embeddings", "projected"
 
@@ -95,8 +96,6 @@ class Bench:
         return SyntheticTAG.from_pretrained(path)
 
     def training_set(self, name: str, recipe: EvaluateConfig) -> TrainingSet:
-        if name == FULL:
-            return full_set(WholeGraph(self.tag), self.pool, self.encoder, recipe.recipe, recipe.full_epochs)
         if name == MEDOID:
             counts = allocate(len(self.made(LEARNED, 0)), self.tag.train_class_counts)
             tag, size = coreset_tag(self.pool, self.encoder, counts, "medoid", replace(self.config, seed=self.seed))
@@ -115,7 +114,10 @@ class Bench:
         if not path.exists():
             evaluation = EvaluateConfig(seeds=self.students)
             self.pool.encode(self.encoder.adapters())
-            row = score(self.training_set(name, evaluation), self.pool, self.encoder, evaluation)
+            if name == FULL:
+                row = reference(WholeGraph(self.tag), self.pool, self.encoder, evaluation)
+            else:
+                row = score(self.training_set(name, evaluation), self.pool, self.encoder, evaluation)
             path.write_text(json.dumps(asdict(row)))
         return Row(**json.loads(path.read_text()))
 

@@ -7,25 +7,25 @@ same recipe; a pass is chosen on validation nodes, and the test nodes are scored
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 
 from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
 from talk_dist.errors import ConfigError
-from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_encodings, one_hot, smoothed
 from talk_dist.models.protocol import Adapters, Encoder, Report
 from talk_dist.runtime.boundary import StudentState
-from talk_dist.runtime.full import WholeGraph, fit_full
-from talk_dist.runtime.outer import Objective, accuracy, macro_f1, student_accuracy
+from talk_dist.runtime.full import WholeGraph
+from talk_dist.runtime.outer import accuracy, macro_f1, student_accuracy
 from talk_dist.runtime.pool import ShardPool
+from talk_dist.schema import check
 from talk_dist.synthetic.artifact import SyntheticTAG
-from talk_dist.synthetic.coresets import METHODS, allocate, sample_for, select
+from talk_dist.synthetic.coresets import allocate
+from talk_dist.training_sets import TrainingSet, coreset_tag, full_set, token_set
 
 Against = Literal["full", "random", "herding", "kcenter", "medoid"]
 
@@ -42,6 +42,11 @@ class EvaluateConfig:
     """The student."""
     recipe: InnerConfig = field(default_factory=lambda: InnerConfig(patience=50))
     """How every student is trained, whatever it is trained on."""
+    full_lr: tuple[float, ...] = (5e-3,)
+    """Learning rates among which the full training set has its own chosen, on validation nodes."""
+    full_label_smoothing: tuple[float, ...] = (0.0, 0.1)
+    """The same for the share of its labels that is spread over all classes, as `synthetic.label_smoothing` of small
+    sets: on some graphs a reference without it is the weaker one."""
     full_epochs: int = 4
     """With adapters: epochs of joint training on the full training set."""
 
@@ -49,6 +54,16 @@ class EvaluateConfig:
         unknown = set(self.against) - set(get_args(Against))
         if unknown or self.seeds < 1:
             raise ConfigError(f"evaluate: seeds must be at least 1, against one of {get_args(Against)}")
+        check(
+            "evaluation",
+            full_lr=(bool(self.full_lr) and min(self.full_lr) > 0, self.full_lr, "learning rates above 0"),
+            full_label_smoothing=(
+                bool(self.full_label_smoothing) and all(0 <= share < 1 for share in self.full_label_smoothing),
+                self.full_label_smoothing,
+                "shares in [0, 1)",
+            ),
+            full_epochs=(self.full_epochs >= 0, self.full_epochs, "not negative"),
+        )
 
 
 @dataclass(frozen=True)
@@ -62,17 +77,8 @@ class Row:
     macro_f1: tuple[float, ...]
     val_accuracy: tuple[float, ...]
     krr_accuracy: float | None
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """What students are trained on: ``train(student, seed)`` trains one, and the encoder's adapters if it has any."""
-
-    name: str
-    nodes: int
-    bytes: int
-    train: Callable[[Student, int], None]
-    krr_accuracy: float | None = None  # of the kernel predictor on the test nodes
+    chosen: dict[str, float] = field(default_factory=dict)
+    """Of the full training set: its learning rate and label smoothing."""
 
 
 @dataclass(frozen=True)
@@ -100,88 +106,16 @@ def evaluate(
     pool.encode(encoder.adapters(), lambda done, total: progress("encode", done, total, {}))
     counts = allocate(len(tag), pool.tag.train_class_counts)
 
-    def made(name: str) -> TrainingSet:
-        if name == "synthetic":
-            return token_set(name, tag, pool, encoder, distilled_with, config.recipe)
+    def row(name: str) -> Row:
         if name == "full":
-            return full_set(WholeGraph(pool.tag), pool, encoder, config.recipe, config.full_epochs)
-        coreset, size = coreset_tag(pool, encoder, counts, name, distilled_with)
-        return dataclasses.replace(token_set(name, coreset, pool, encoder, distilled_with, config.recipe), bytes=size)
+            return reference(WholeGraph(pool.tag), pool, encoder, config, progress)
+        small, size = tag, tag.num_bytes()
+        if name != "synthetic":
+            small, size = coreset_tag(pool, encoder, counts, name, distilled_with)
+        trained_on = token_set(name, small, pool, encoder, distilled_with, config.recipe)
+        return score(dataclasses.replace(trained_on, bytes=size), pool, encoder, config, progress)
 
-    return [score(made(name), pool, encoder, config, progress) for name in ("synthetic", *config.against)]
-
-
-def coreset_tag(
-    pool: ShardPool, encoder: Encoder, counts: np.ndarray, method: str, config: DistillConfig
-) -> tuple[SyntheticTAG, int]:
-    """Real texts as a TAG of token embeddings with a mask, labels softened as a distilled set's, and the bytes of their
-    token ids (int32).
-
-    Of a graph that brings encodings: the propagated encodings P^2 H (M, 1, d) of the chosen rows, at float16's bytes.
-    """
-    if method not in METHODS:
-        raise ConfigError(f"unknown coreset {method!r}; one of {sorted(METHODS)}")
-    sample = sample_for(pool, counts, config.seed)
-    rows = select(sample, counts, method, config.seed)
-    labels = smoothed(one_hot(sample.label[rows], len(counts)), config.synthetic.label_smoothing)
-    if pool.tag.encoding_width is not None:
-        return SyntheticTAG(torch.from_numpy(sample.features[rows])[:, None], labels), 2 * sample.features[rows].size
-    tokens = pool.tokens(sample.place[rows])
-    ids, mask = map(torch.from_numpy, tokens.padded(np.arange(len(tokens))))
-    embeds = encoder.token_table.cpu()[ids]
-    return SyntheticTAG(embeds, labels, mask), int(tokens.values.nbytes)
-
-
-def token_set(
-    name: str, tag: SyntheticTAG, pool: ShardPool, encoder: Encoder, distilled_with: DistillConfig, recipe: InnerConfig
-) -> TrainingSet:
-    """A synthetic TAG as a training set. The kernel predictor is scored on the encodings of an encoder that nothing
-    has adapted: the pool must hold such ones."""
-    tag = tag.embedded(encoder.token_table)
-    h_s = encoder.encode_embeds(tag.token_embeds, tag.mask)
-    krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
-
-    def train(student: Student, seed: int) -> None:
-        train_on(tag, student, pool, encoder, recipe, seed)
-
-    return TrainingSet(name, len(tag), tag.num_bytes(), train, krr)
-
-
-def encoded_set(
-    name: str, tag: SyntheticTAG, pool: ShardPool, distilled_with: DistillConfig, recipe: InnerConfig
-) -> TrainingSet:
-    """Encodings (M, 1, d) in the place of token embeddings: they train students of a frozen encoder alone."""
-    h_s = tag.token_embeds[:, 0]
-    krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
-
-    def train(student: Student, seed: int) -> None:
-        fit_encodings(student, h_s, tag.labels, recipe, seed=seed, select=lambda s: student_accuracy(pool, s, "val"))
-
-    return TrainingSet(name, len(tag), tag.num_bytes(), train, krr)
-
-
-def full_set(whole: WholeGraph, pool: ShardPool, encoder: Encoder, recipe: InnerConfig, epochs: int) -> TrainingSet:
-    """Every training node of ``whole``, the pool's graph; with adapters ``epochs`` of joint training."""
-    meta = pool.tag.meta
-
-    def train(student: Student, seed: int) -> None:
-        fit_full(encoder, student, pool, whole, recipe, epochs, seed=seed)
-
-    return TrainingSet("full", meta["split_sizes"]["train"], meta["text"]["train_bytes"], train)
-
-
-def train_on(
-    tag: SyntheticTAG, student: Student, pool: ShardPool, encoder: Encoder, recipe: InnerConfig, seed: int
-) -> None:
-    """Train ``student``, and the encoder's adapters if it has any, on a small set, and keep the pass that validates
-    best; of adapters on workers, which cannot be asked in between, that of the lowest training loss."""
-
-    def validated(trained: Student) -> float:
-        pool.encode(encoder.adapters())
-        return student_accuracy(pool, trained, "val")
-
-    choose = validated if not encoder.adapted or isinstance(encoder, TextEncoder) else None
-    encoder.fit(student, tag.token_embeds, tag.labels, recipe, mask=tag.mask, seed=seed, select=choose)
+    return [row(name) for name in ("synthetic", *config.against)]
 
 
 def score(
@@ -196,6 +130,37 @@ def score(
     The pool ends with the encodings of an encoder that nothing has adapted.
     """
     return tested(trained_on, students(trained_on, pool, encoder, config, progress), pool, encoder)
+
+
+def reference(
+    whole: WholeGraph,
+    pool: ShardPool,
+    encoder: Encoder,
+    config: EvaluateConfig,
+    progress: Report = lambda *_: None,
+) -> Row:
+    """The row of ``whole``, the pool's graph, with the learning rate and label smoothing whose students validate best:
+    the test nodes are read for these alone. Adapters join once both are chosen, on the encodings without them.
+    """
+
+    def everything(choice: tuple[float, float], epochs: int) -> TrainingSet:
+        rate, share = choice
+        return full_set(whole, pool, encoder, dataclasses.replace(config.recipe, gnn_lr=rate), epochs, share)
+
+    def trained(choice: tuple[float, float], epochs: int) -> list[Trained]:
+        encoder.reset_adapters(0)  # whatever was tried before
+        pool.encode(encoder.adapters())
+        name = "full, learning rate {:g}, label smoothing {:g}".format(*choice)
+        return list(
+            students(dataclasses.replace(everything(choice, epochs), name=name), pool, encoder, config, progress)
+        )
+
+    tried = {choice: trained(choice, 0) for choice in itertools.product(config.full_lr, config.full_label_smoothing)}
+    best = max(tried, key=lambda choice: float(np.mean([each.val_accuracy for each in tried[choice]])))
+    joint = encoder.adapted and config.full_epochs > 0
+    found = trained(best, config.full_epochs) if joint else tried[best]
+    row = tested(everything(best, config.full_epochs), found, pool, encoder)
+    return dataclasses.replace(row, chosen={"gnn_lr": best[0], "label_smoothing": best[1]})
 
 
 def students(

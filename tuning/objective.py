@@ -23,7 +23,7 @@ from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import distill
-from talk_dist.evaluate import EvaluateConfig, train_on
+from talk_dist.evaluate import EvaluateConfig
 from talk_dist.kernel.krr import ridge_path
 from talk_dist.kernel.sntk import synthetic_kernel
 from talk_dist.models.gnn import Student
@@ -35,6 +35,7 @@ from talk_dist.runtime.pool import ShardPool, add
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.coresets import class_centres, sample_for
 from talk_dist.synthetic.init import class_counts, one_hot_labels
+from talk_dist.training_sets import train_on
 from tuning.space import Value, configured
 
 Report = Callable[[dict[str, Any]], None]

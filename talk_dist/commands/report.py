@@ -169,7 +169,7 @@ def evaluation(
     how = (
         f"Mean ± standard deviation over {config.seeds} seeds. Every student is a {student.kind.upper()} of "
         f"{student.depth} hops and width {student.hidden}, trained for at most {recipe.passes} passes at learning rate "
-        f"{recipe.gnn_lr:g}; {chosen}, the test nodes are scored once. Bytes: the "
+        f"{recipe.gnn_lr:g}; {chosen}, the test nodes are scored once. {_chosen(rows)}Bytes: the "
         "synthetic set as stored, the token ids of a coreset, the texts of the full training set. KRR: the kernel "
         "predictor, without a student. Retention: relative to the full set."
     )
@@ -177,6 +177,18 @@ def evaluation(
     title = f"# {tag.config.get('dataset')}: synthetic against real"
     said = summary(rows, tag, config, adapters)
     return "\n\n".join([title, said, table(rows), how, f"```\n{command}\n```", made]) + "\n"
+
+
+def _chosen(rows: Sequence[Row]) -> str:
+    full = next((row.chosen for row in rows if row.chosen), None)
+    return (
+        ""
+        if full is None
+        else (
+            f"Full: learning rate {full['gnn_lr']:g} and label smoothing {full['label_smoothing']:g}, chosen on the "
+            "validation nodes. "
+        )
+    )
 
 
 def machine() -> str:

@@ -12,7 +12,6 @@ from talk_dist.compare.plan import Method
 from talk_dist.config import DistillConfig, InnerConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import describe, distill
-from talk_dist.evaluate import TrainingSet, coreset_tag, encoded_set, token_set
 from talk_dist.models.inner import smoothed
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback
@@ -24,6 +23,7 @@ from talk_dist.synthetic.coresets import sample_for
 from talk_dist.synthetic.decode import exact_tokens
 from talk_dist.synthetic.init import choose, class_counts, fit_texts
 from talk_dist.synthetic.settle import settle
+from talk_dist.training_sets import TrainingSet, coreset_tag, encoded_set, token_set
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from talk_dist import __version__
 from talk_dist.commands import preflight
 from talk_dist.commands.call import EMBEDDED, Call, api_name
@@ -29,7 +27,7 @@ from talk_dist.data.prepare import prepare
 from talk_dist.data.python_api import build_python_api
 from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import ConfigError
-from talk_dist.evaluate import EvaluateConfig, Row, full_set, score, students, tested
+from talk_dist.evaluate import EvaluateConfig, Row, reference, score
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callbacks, ProgressLines
 from talk_dist.runtime.checkpoint import Checkpoint, differences
@@ -128,23 +126,11 @@ class Laboratory:
             whole = WholeGraph(tag)
             for student, row in known.items():
                 if row is None:
-                    scored, rate = self._on_everything(whole, pool, encoder, self._evaluation(student))
-                    row = self._keep(cell, student, tag, scored, {"gnn_lr": rate})
+                    encoder.reset_adapters(0)
+                    self._encode(pool, encoder)
+                    scored = reference(whole, pool, encoder, self._evaluation(student), self.tell.progress)
+                    row = self._keep(cell, student, tag, scored, {})
                 yield row
-
-    def _on_everything(
-        self, whole: WholeGraph, pool: ShardPool, encoder: Encoder, evaluation: EvaluateConfig
-    ) -> tuple[Row, float]:
-        """The row of the learning rate whose students validate best, and that rate: test is read for that one alone."""
-        tried = {}
-        for rate in self.plan.full_lr:
-            encoder.reset_adapters(0)  # the first student starts from these encodings, whatever was tried before
-            self._encode(pool, encoder)
-            recipe = dataclasses.replace(evaluation.recipe, gnn_lr=rate)
-            everything = full_set(whole, pool, encoder, recipe, evaluation.full_epochs)
-            tried[rate] = everything, list(students(everything, pool, encoder, evaluation, self.tell.progress))
-        best = max(tried, key=lambda rate: float(np.mean([each.val_accuracy for each in tried[rate][1]])))
-        return tested(*tried[best], pool, encoder), best
 
     # -- what is known ------------------------------------------------------------------------------------
 
@@ -153,7 +139,7 @@ class Laboratory:
         tree, method = cell.config(len(tag.classes)).deciding(), cell.method
         tree |= {"data hash": tag.meta["hash"], "method": [method.kind, method.source, method.invert]}
         if student:
-            tree["evaluation"] = dataclasses.asdict(self._evaluation(student)) | {"full_lr": self.plan.full_lr}
+            tree["evaluation"] = dataclasses.asdict(self._evaluation(student))
         return dict(json.loads(json.dumps(tree)))
 
     def _row(self, cell: Cell, student: str, tag: PreparedTag) -> Record | None:
@@ -172,7 +158,9 @@ class Laboratory:
         return row
 
     def _evaluation(self, student: str) -> EvaluateConfig:
-        return EvaluateConfig(seeds=self.plan.seeds, student=StudentConfig(kind=student))  # type: ignore[arg-type]
+        plan, kind = self.plan, StudentConfig(kind=student)  # type: ignore[arg-type]
+        shares = plan.full_label_smoothing
+        return EvaluateConfig(seeds=plan.seeds, student=kind, full_lr=plan.full_lr, full_label_smoothing=shares)
 
     # -- small things -------------------------------------------------------------------------------------
 

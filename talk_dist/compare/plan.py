@@ -46,7 +46,9 @@ class Plan:
     seeds: int = 3
     """Students trained on each set."""
     full_lr: tuple[float, ...] = (1e-3, 5e-3, 1e-2)
-    """Learning rates among which the reference, trained on everything, has its own chosen on validation nodes."""
+    full_label_smoothing: tuple[float, ...] = (0.0, 0.1, 0.2)
+    """Learning rates, and shares of the labels that are spread over all classes, among which the reference, trained on
+    everything, has its own chosen on validation nodes."""
     settings: DistillConfig = field(default_factory=DistillConfig)
     """What all methods, and the reference, start from: the encoder and the like."""
     tree: dict[str, Any] = field(default_factory=dict)
@@ -115,6 +117,10 @@ def _wrong(plan: Plan) -> list[str]:
         "splits": (all(isinstance(s, int) for s in plan.splits), "a list of seeds"),
         "seeds": (isinstance(plan.seeds, int) and plan.seeds > 0, "a number of students, at least 1"),
         "full_lr": (all(isinstance(r, float) and r > 0 for r in plan.full_lr), "learning rates above 0"),
+        "full_label_smoothing": (
+            all(isinstance(s, int | float) and 0 <= s < 1 for s in plan.full_label_smoothing),
+            "shares in [0, 1)",
+        ),
     }
     wrong = []
     for name, (holds, need) in checks.items():

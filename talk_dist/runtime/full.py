@@ -57,9 +57,11 @@ def fit_full(
     config: InnerConfig,
     epochs: int,
     *,
+    label_smoothing: float = 0.0,
     seed: int,
 ) -> FitResult:
-    """Train on every training node, choosing the pass by validation accuracy.
+    """Train on every training node, choosing the pass by validation accuracy; ``label_smoothing`` is the share of each
+    label that is spread over all classes.
 
     First full-batch passes over the encodings; with adapters then ``epochs`` of mini-batches whose own texts are
     encoded with gradient, while their neighbours keep the encodings of the last epoch.
@@ -75,12 +77,12 @@ def fit_full(
     labels = torch.from_numpy(whole.label)
 
     def whole_batch(index: int) -> torch.Tensor:
-        loss = cross_entropy(student(h, graph)[train_rows], labels[train_rows])
+        loss = cross_entropy(student(h, graph)[train_rows], labels[train_rows], label_smoothing=label_smoothing)
         loss.backward()
         return loss.detach()
 
     first = train(whole_batch, student, config, seed=seed, select=lambda s: student_accuracy(pool, s, "val"))
-    if not isinstance(encoder, TextEncoder) or not encoder.adapted:
+    if not isinstance(encoder, TextEncoder) or not encoder.adapted or not epochs:
         return first
     batches = -(-len(train_rows) // BATCH)
     generator = np.random.default_rng(seed)
@@ -91,7 +93,7 @@ def fit_full(
         ids, mask = map(torch.from_numpy, whole.tokens.padded(rows))
         fresh = encoder.forward_embeds(encoder.token_table[ids.to(encoder.device)], mask, seed + index).cpu()
         mixed = h.index_copy(0, torch.from_numpy(rows), fresh)
-        loss = cross_entropy(student(mixed, graph)[rows], labels[rows])
+        loss = cross_entropy(student(mixed, graph)[rows], labels[rows], label_smoothing=label_smoothing)
         loss.backward()
         return loss.detach()
 

@@ -31,6 +31,10 @@ class Evaluation(Protocol):
     @property
     def recipe(self) -> InnerConfig: ...
     @property
+    def full_lr(self) -> tuple[float, ...]: ...
+    @property
+    def full_label_smoothing(self) -> tuple[float, ...]: ...
+    @property
     def full_epochs(self) -> int: ...
 
 
@@ -95,14 +99,15 @@ def work(
         small = 1 + sum(name != "full" for name in evaluation.against)
         checks = evaluation.recipe.passes // evaluation.recipe.select_every + 1
         one = evaluation.recipe.passes * (upper + student) + checks * scores
-        whole = 3 * evaluation.recipe.passes * scores + checks * scores
+        choices = len(evaluation.full_lr) * len(evaluation.full_label_smoothing)
+        whole = choices * (3 * evaluation.recipe.passes + checks) * scores
         if adapters:  # after the student on the encodings as they are
             asked = evaluation.recipe.passes // evaluation.recipe.adapter_select_every + 1
             one += evaluation.recipe.passes * student + (asked + 2) * again
-            whole += evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again
+            whole += evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again * (choices + 1)
         full = "full" in evaluation.against
         flop["evaluate"] = evaluation.seeds * (small * one + full * whole)
-        steps["evaluate"] = evaluation.seeds * evaluation.recipe.passes * (small + full)
+        steps["evaluate"] = evaluation.seeds * evaluation.recipe.passes * (small + full * choices)
     return flop, steps
 
 

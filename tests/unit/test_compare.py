@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 
@@ -15,7 +14,7 @@ from talk_dist.commands.compare import settings_of
 from talk_dist.compare import laboratory, report
 from talk_dist.compare.plan import read_plan
 from talk_dist.config import DistillConfig
-from talk_dist.evaluate import EvaluateConfig, evaluate, full_set, score
+from talk_dist.evaluate import EvaluateConfig, evaluate, reference
 from talk_dist.runtime.callbacks import ProgressLines
 from talk_dist.runtime.pool import LocalPool
 from talk_dist.synthetic.plot import plot
@@ -108,14 +107,15 @@ def laboratory_exit(path, out):
 
 
 def test_test_nodes_are_read_for_the_chosen_learning_rate_alone(plan, told, tags, make_encoder, tmp_path, monkeypatch):
-    """Two students, two rates, two seeds. The graph is read and the pool opened once for both students."""
+    """Two students, two rates, two label smoothings, two seeds. The graph is read and the pool opened once for both
+    students."""
     asked, graphs, opened = [], [], []
     scores, whole, place = LocalPool.student_scores, laboratory.WholeGraph, laboratory.place
     monkeypatch.setattr(LocalPool, "student_scores", lambda *a: asked.append(a[2]) or scores(*a))
     monkeypatch.setattr(laboratory, "WholeGraph", lambda tag: graphs.append(tag) or whole(tag))
     monkeypatch.setattr(laboratory, "place", lambda config: opened.append(config) or place(config))
-    rates = [1e-3, 2e-2]
-    path = plan(students=["gcn", "sgc"], full_lr=rates, methods={"medoid": METHODS["medoid"]})
+    choices = {"full_lr": [1e-3, 2e-2], "full_label_smoothing": [0.0, 0.2]}
+    path = plan(students=["gcn", "sgc"], methods={"medoid": METHODS["medoid"]}, **choices)
     told("compare", path, "--out", tmp_path / "out")
     reads = [index for index, splits in enumerate(asked) if "test" in splits]
     assert len(reads) == 8  # four of the reference, four of the medoids
@@ -123,16 +123,11 @@ def test_test_nodes_are_read_for_the_chosen_learning_rate_alone(plan, told, tags
     assert reads[3] == reads[2] + 1
     assert (len(graphs), len(opened)) == (1, 2)  # for the reference, and for the medoids
 
-    encoder, config, settings = make_encoder(), DistillConfig(), EvaluateConfig(seeds=2)
+    encoder, config = make_encoder(), DistillConfig()
     pool = LocalPool(tags[2], encoder, config.kernel, config.runtime)
-    pool.encode({})
-    tried = {}
-    for rate in rates:
-        recipe = dataclasses.replace(settings.recipe, gnn_lr=rate)
-        tried[rate] = score(full_set(whole(tags[2]), pool, encoder, recipe, 1), pool, encoder, settings)
-    best = max(tried, key=lambda rate: np.mean(tried[rate].val_accuracy))
+    expected = reference(whole(tags[2]), pool, encoder, EvaluateConfig(seeds=2, **choices))
     row = next(row for row in rows_in(tmp_path / "out") if (row["method"], row["student"]) == ("full", "gcn"))
-    assert (row["gnn_lr"], row["accuracy"]) == (best, list(tried[best].accuracy))
+    assert (row["chosen"], row["accuracy"]) == (expected.chosen, list(expected.accuracy))
 
 
 def test_a_distillation_that_is_resumed_counts_all_its_seconds(plan, told, tmp_path, monkeypatch):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from talk_dist.config import DistillConfig, InnerConfig, KernelConfig, StudentConfig
 from talk_dist.errors import ConfigError
-from talk_dist.evaluate import EvaluateConfig, Row, as_metrics, coreset_tag, evaluate, retention, table
-from talk_dist.models.gnn import Student
+from talk_dist.evaluate import EvaluateConfig, Row, as_metrics, evaluate, reference, retention, table
+from talk_dist.models.gnn import Student, local_graph
+from talk_dist.models.inner import one_hot, smoothed, train
 from talk_dist.runtime.full import WholeGraph
-from talk_dist.runtime.outer import accuracy, macro_f1
+from talk_dist.runtime.outer import accuracy, macro_f1, student_accuracy
 from talk_dist.synthetic.coresets import allocate
+from talk_dist.training_sets import coreset_tag, full_set
 
 CONFIG = DistillConfig(kernel=KernelConfig(precision="float64"))
 
@@ -22,7 +26,8 @@ CONFIG = DistillConfig(kernel=KernelConfig(precision="float64"))
 def quick(**changes):
     recipe = InnerConfig(passes=20, gnn_lr=0.02, patience=20)
     student = StudentConfig(hidden=16, dropout=0.0)
-    return dataclasses.replace(EvaluateConfig(seeds=2, recipe=recipe, student=student, full_epochs=1), **changes)
+    settings = {"seeds": 2, "recipe": recipe, "student": student, "full_lr": (0.02,), "full_label_smoothing": (0.1,)}
+    return EvaluateConfig(**(settings | {"full_epochs": 1} | changes))
 
 
 def a_coreset(pool, encoder, method="random"):
@@ -54,7 +59,53 @@ def test_the_pass_is_chosen_on_validation_and_test_is_read_once_a_seed(make_enco
     evaluate(pool, encoder, a_coreset(pool, encoder), CONFIG, quick(against=("full",)))
     reads = [i for i, splits in enumerate(asked) if "test" in splits]
     assert len(reads) == 4  # two sets, two seeds
-    assert all("test" not in asked[i - 1] for i in reads)  # each after validations of its own
+    assert all("test" not in asked[i - 1] for i in reads[:3])  # each after validations of its own, and the full set's
+    assert reads[3] == reads[2] + 1  # once all of its students are there
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_reference_has_the_best_of_its_choices(make_encoder, make_pool, adapters):
+    """By validation, one by one; with adapters the encodings without them decide, and they follow."""
+    encoder = make_encoder(adapters=adapters)
+    pool = make_pool(encoder, 2)
+    whole = WholeGraph(pool.tag)
+    choices = {"full_lr": (1e-4, 0.02), "full_label_smoothing": (0.0, 0.9)}
+
+    def alone(choice, **changes):
+        settings = quick(full_lr=choice[:1], full_label_smoothing=choice[1:], **changes)
+        return reference(whole, pool, encoder, settings)
+
+    worth = {c: np.mean(alone(c, full_epochs=0).val_accuracy) for c in itertools.product(*choices.values())}
+    assert len(set(worth.values())) > 1
+    best = max(worth, key=worth.get)
+    found = reference(whole, pool, encoder, quick(**choices))
+    assert found == alone(best)
+    assert found.chosen == dict(zip(("gnn_lr", "label_smoothing"), best, strict=True))
+
+
+def test_smoothed_labels_of_the_reference_are_those_of_a_small_set(make_encoder, make_pool):
+    """Class indices with torch's smoothing train the student that the probabilities `smoothed` train."""
+    encoder = make_encoder()
+    pool, config = make_pool(encoder, 1), quick(student=StudentConfig(hidden=16, dropout=0.0))
+    pool.encode(encoder.adapters())
+    whole = WholeGraph(pool.tag)
+    trained = full_set(whole, pool, encoder, config.recipe, 0, 0.3)
+    student = Student(config.student, encoder.width, len(pool.tag.classes), 0)
+    trained.train(student, 0)
+
+    twin = Student(config.student, encoder.width, len(pool.tag.classes), 0)
+    graph = local_graph("gcn", whole.indptr, whole.indices, whole.degree)
+    h, rows = torch.from_numpy(pool.gather()), torch.from_numpy(whole.train)
+    targets = smoothed(one_hot(whole.label, len(pool.tag.classes)), 0.3)
+
+    def step(_: int) -> torch.Tensor:
+        loss = cross_entropy(twin(h, graph)[rows], targets[rows])
+        loss.backward()
+        return loss.detach()
+
+    train(step, twin, config.recipe, seed=0, select=lambda s: student_accuracy(pool, s, "val"))
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_never_validate_worse_than_the_encoder_as_it_was(make_encoder, make_pool):

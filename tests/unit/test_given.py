@@ -23,7 +23,6 @@ from talk_dist.data.tag import PreparedTag, content_hash
 from talk_dist.data.validate import validate
 from talk_dist.distill import distill
 from talk_dist.errors import ConfigError, DataError
-from talk_dist.evaluate import coreset_tag
 from talk_dist.models.encoder import load_encoder
 from talk_dist.models.given import GivenEncoder
 from talk_dist.models.gnn import Student
@@ -33,6 +32,7 @@ from talk_dist.runtime.pool import LocalPool
 from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import class_centres, sample_for
 from talk_dist.synthetic.init import class_counts, initialise, one_hot_labels, optimise_encodings
+from talk_dist.training_sets import coreset_tag
 
 WIDTH = 8
 
