@@ -123,4 +123,13 @@ class Student(nn.Module):
         return x
 
     def _drop(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.config.dropout) if self.training else x
+        return dropped(x, self.config.dropout) if self.training and self.config.dropout else x
+
+
+def dropped(x: Tensor, share: float) -> Tensor:
+    """Dropout from 16 random bits a number, so that ``share`` is rounded to a multiple of 2^-16. torch's own draws on a
+    CPU, a uniform number for each, are a third of a student's training."""
+    share = min(round(share * 65536), 65535) / 65536
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    drop = words.view(torch.int16)[: x.numel()].view(x.shape) < share * 65536 - 32768
+    return x.masked_fill(drop, 0.0).mul_(1.0 / (1.0 - share))

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from talk_dist.config import InnerConfig, StudentConfig
-from talk_dist.models.gnn import Student
+from talk_dist.models.gnn import Student, dropped
 from talk_dist.models.inner import fit_encodings, soft_labels, train
 
 M, C = 9, 3
@@ -236,3 +236,25 @@ def test_a_selected_student_is_the_best_of_those_asked():
 def test_the_start_remains_if_nothing_is_better(selected, kept):
     result, found = scripted([9.0, 8.0, 7.0], lambda _: 0.7, selected=selected)
     assert (result.selected, found) == (0.7, kept)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_mean_and_every_number_has_a_draw_of_its_own(share):
+    """Also the four numbers that share one draw of 64 bits."""
+    torch.manual_seed(0)
+    ones = torch.ones(200_000, 4)
+    found = dropped(ones, share)
+    hit = (found == 0).double()
+    assert torch.allclose(found[found > 0], torch.tensor(1 / (1 - share)), rtol=1e-4)
+    np.testing.assert_allclose(hit.mean(0), share, atol=5 * math.sqrt(share * (1 - share) / len(ones)))
+    series = torch.cat([hit, hit.roll(1, 0)], 1)  # and the four that are drawn next
+    np.testing.assert_allclose(torch.corrcoef(series.T), np.eye(8), atol=5 / math.sqrt(len(ones)))
+    assert not dropped(ones, share).equal(found)
+    torch.manual_seed(0)
+    assert dropped(ones, share).equal(found)
+
+
+def test_dropout_of_nothing_and_of_nearly_everything():
+    ones = torch.ones(99, 7)
+    assert dropped(ones, 0.0).equal(ones)
+    assert dropped(ones, 1 - 1e-9).isfinite().all()

@@ -26,7 +26,7 @@ def test_a_real_graph_is_distilled_far_beyond_its_medoids(tmp_path, real_data):
     config = preset("quick")
     config = replace(config, two_stage=replace(config.two_stage, student_steps=4, token_steps=40))
     tag = prepare(
-        open_tables(folder / "nodes.parquet", folder / "edges.parquet"), tmp_path / "tag", parts=2, max_tokens=64
+        open_tables(folder / "nodes.parquet", folder / "edges.parquet"), tmp_path / "tag", parts=2, max_tokens=32
     )
     assert tag.meta["partition"]["method"] == "metis"
     encoder = TextEncoder(config.encoder)
