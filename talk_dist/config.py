@@ -77,7 +77,7 @@ class KernelConfig:
     """Relative to the mean diagonal of the synthetic kernel."""
     precision: Literal["float32", "float64"] = "float32"
     """Number format of the kernel blocks; the solve is always in float64."""
-    block: int = 1024
+    block: int = 2048
     """At most so many synthetic nodes in one kernel (0: all). More are dealt out to blocks, each with all classes and a
     share of the real rows (divide and conquer: Zhang, Duchi & Wainwright 2013): cost is linear in N if M is a share."""
     fields: Literal["memory", "disk"] = "memory"
