@@ -50,11 +50,11 @@ def jointly(case: Case, x: Tensor, marks: tuple[int, ...]) -> list[Tensor]:
 
 
 def ours(case: Case, x: Tensor, passes: int) -> Tensor:
-    def residual(flat: Tensor) -> tuple[Tensor, Tensor]:
+    def residual(flat: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         distances, gradient = case.residual(flat.view_as(x))
         return distances, gradient.flatten(1)
 
-    return invert(residual, x.flatten(1), passes, torch.zeros(len(x)), lambda *_: None).view_as(x)
+    return invert(residual, x.flatten(1), passes, torch.full((len(x),), -1.0), lambda *_: None).view_as(x)
 
 
 def main() -> None:

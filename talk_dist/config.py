@@ -165,8 +165,8 @@ class TwoStageConfig:
     """Step size relative to the root mean square of the encodings."""
     token_steps: int = 120
     """At most so many encoder passes to find the tokens that produce the optimised encodings."""
-    token_error: float = 0.003
-    """Stop where each encoding is this near, squared distance relative to its squared norm."""
+    token_error: float = 0.006
+    """A node is done where its encoding is this near, squared distance relative to its squared norm."""
     discrete_steps: int = 24
     """With `synthetic.discrete`: steps of the search for tokens, each some fifty encoder passes."""
     validate_every: int = 20

@@ -119,8 +119,8 @@ def fit_tokens(encoder: Encoder, x_s: Tensor, h_s: Tensor, config: DistillConfig
     for start in range(0, len(x_s), TOGETHER):
         rows = slice(start, start + TOGETHER)
 
-        def residual(x: Tensor, rows: slice = rows) -> tuple[Tensor, Tensor]:
-            distances, gradients = encoder.residual(x.view(-1, *shape), h_s[rows], config.outer.inject_batch)
+        def residual(x: Tensor, nodes: Tensor, wanted: Tensor = h_s[rows]) -> tuple[Tensor, Tensor]:
+            distances, gradients = encoder.residual(x.view(-1, *shape), wanted[nodes], config.outer.inject_batch)
             return distances, gradients.flatten(1)
 
         def tell(step: int, distances: Tensor, done: int = start, all_of: Tensor = size[rows]) -> None:

@@ -2,7 +2,8 @@
 
 The problems are small, smooth and have many exact solutions, so limited-memory BFGS (Nocedal & Wright 2006, algorithm
 7.4) reaches in 80 encoder passes an error that Adam does not in 240 (benchmarks/results/inversion.md). They are solved
-side by side, each with a history and a step length of its own: what a node becomes does not depend on the others.
+side by side, each with a history, a step length and an end of its own: what a node becomes does not depend on the
+others.
 """
 
 from __future__ import annotations
@@ -13,23 +14,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Residual = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (m, D) -> squared distances (m,), their gradients (m, D)
+Residual = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""x (m, D) of the nodes (m,) -> squared distances (m,), their gradients (m, D)."""
 HISTORY = 10  # pairs of steps and gradient changes that stand for the curvature
 _TINY = 1e-30
 
 
 def invert(residual: Residual, x: Tensor, steps: int, goal: Tensor, tell: Callable[[int, Tensor], None]) -> Tensor:
-    """Minimise ``residual`` from ``x`` (m, D): at most ``steps`` iterations of one evaluation each, until every squared
-    distance is below its ``goal`` (m,). ``tell(step, distances)`` hears of each. No node ends farther than it began."""
+    """Minimise ``residual`` from ``x`` (M, D): at most ``steps`` iterations of one evaluation each, and none of a node
+    whose squared distance is at most its ``goal`` (M,), which is never so if that is negative. Each iteration is told
+    to ``tell(step, distances)``. No node ends farther than it began."""
+    found, nodes = x.clone(), torch.arange(len(x))
     pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=HISTORY)
-    loss, gradient = residual(x)
-    length = torch.ones_like(loss)
+    loss, gradient = residual(x, nodes)
+    distances, length = loss.clone(), torch.ones_like(loss)
     for step in range(steps):
-        if bool((loss <= goal).all()):
-            tell(steps, loss)
+        far = loss > goal[nodes]
+        if not bool(far.any()):
+            tell(steps, distances)
             break
+        if not bool(far.all()):
+            nodes, x, loss, gradient, length = (of_all[far] for of_all in (nodes, x, loss, gradient, length))
+            pairs = deque(((move[far], change[far], inverse[far]) for move, change, inverse in pairs), maxlen=HISTORY)
         move = -length[:, None] * _direction(loss, gradient, pairs)
-        new_loss, new_gradient = residual(x + move)
+        new_loss, new_gradient = residual(x + move, nodes)
         change = new_gradient - gradient
         curvature = (move * change).sum(1)
         known = curvature > 1e-10 * move.norm(dim=1) * change.norm(dim=1)
@@ -39,8 +47,9 @@ def invert(residual: Residual, x: Tensor, steps: int, goal: Tensor, tell: Callab
         gradient = torch.where(better[:, None], new_gradient, gradient)
         loss = torch.where(better, new_loss, loss)
         length = torch.where(better, (2.0 * length).clamp_max(1.0), 0.3 * length)
-        tell(step + 1, loss)
-    return x
+        found[nodes], distances[nodes] = x, loss
+        tell(step + 1, distances.clone())
+    return found
 
 
 def _direction(loss: Tensor, gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from talk_dist.config import DistillConfig
 from talk_dist.models.protocol import Encoder, Report
 from talk_dist.synthetic import grid
-from talk_dist.synthetic.invert import Residual, invert
+from talk_dist.synthetic.invert import invert
 
 KEEP = 0.45  # share of the free numbers that stays free after a round
 ROUNDS = 8
@@ -57,7 +57,7 @@ class Settling:
     ``size`` (m,): squared norms of the targets; ``anchors`` (m, D) bool: numbers that are rounded first and stay.
     """
 
-    residual: Residual
+    residual: Callable[[Tensor], tuple[Tensor, Tensor]]
     step: Tensor
     bits: int
     size: Tensor
@@ -88,12 +88,12 @@ class Settling:
         reach = self.step * (grid.top(self.bits) + 0.5)
         pull = self.size[:, None] / reach.square().sum(1, keepdim=True)
 
-        def held(z: Tensor) -> tuple[Tensor, Tensor]:
+        def held(z: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             distance, gradient = self.residual(torch.where(free, z, x))
             beyond = (z.abs() - reach).clamp_min(0.0) * free
             return distance + (pull * beyond.square()).sum(1), (gradient + 2 * pull * beyond * z.sign()) * free
 
-        return torch.where(free, invert(held, x, passes, torch.zeros(len(x)), lambda *_: None), x)
+        return torch.where(free, invert(held, x, passes, torch.full_like(self.size, -1.0), lambda *_: None), x)
 
     def move(self, x: Tensor, passes: int, tell: Callable[[int, Tensor], None]) -> Tensor:
         """Some numbers at once, those with the steepest descent, by one level; kept where the distance falls."""
