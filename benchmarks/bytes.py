@@ -15,6 +15,7 @@ import dataclasses
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cases import Case, report, spread
@@ -30,7 +31,7 @@ FORMATS = ("float32:16:1", "bfloat16:16:1", "int8:16:1", "int4:16:1", "int2:16:2
 EDGE_BYTES = 8  # two int32
 
 
-def stored(case: Case, storage: str, tokens: int, gain: float, passes: int) -> tuple[SyntheticTAG, float]:
+def stored(case: Case, storage: Any, tokens: int, gain: float, passes: int) -> tuple[SyntheticTAG, float]:
     """The set that a reader gets, and the seconds it took after stage one."""
     synthetic = dataclasses.replace(
         case.config.synthetic, storage=storage, tokens=tokens, gain=gain, settle_passes=passes
@@ -58,8 +59,8 @@ def main() -> None:
         meta, name = case.tag.meta, case.tag.meta["name"]
         scores[name, "stage one", "val"] += case.scores(case.h_s)
         if arguments.test:
-            full = reference(WholeGraph(case.tag), case.pool, case.encoder, EvaluateConfig(seeds=3))
-            scores[name, "full", "test"] += full.accuracy
+            whole = reference(WholeGraph(case.tag), case.pool, case.encoder, EvaluateConfig(seeds=3))
+            scores[name, "full", "test"] += whole.accuracy
         for form in arguments.formats:
             storage, tokens, gain = form.split(":")
             tag, seconds = stored(case, storage, int(tokens), float(gain), arguments.passes)

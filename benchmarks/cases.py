@@ -17,7 +17,7 @@ from talk_dist.commands.report import machine
 from talk_dist.config import DistillConfig
 from talk_dist.evaluate import Row
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_encodings
+from talk_dist.models.inner import fit_encodings, smoothed
 from talk_dist.runtime.outer import student_accuracy
 from talk_dist.synthetic.coresets import class_centres, sample_for
 from talk_dist.synthetic.init import choose, class_counts, embed, one_hot_labels, optimise_encodings
@@ -37,9 +37,10 @@ class Case:
         self.sample = sample_for(self.pool, self.counts, seed)
         blocks = self.config.kernel.blocks(int(self.counts.sum()))
         start = torch.from_numpy(class_centres(self.sample, self.counts, seed, blocks))
-        labels = one_hot_labels(self.counts)
+        classes = one_hot_labels(self.counts)
+        self.y_s = smoothed(classes, self.config.synthetic.label_smoothing)
         self.found: dict[int, Tensor] = {}  # by T: the tokens that `fit_tokens` found
-        self.h_s, self.y_s, _ = optimise_encodings(self.pool, start, labels, self.config, lambda *_: None)
+        self.h_s, _ = optimise_encodings(self.pool, start, classes, self.config, lambda *_: None)
 
     def medoids(self, tokens: int) -> Tensor:
         """Token embeddings (M, T, d_tok) of medoid texts."""
@@ -69,8 +70,10 @@ def merge(rows: Sequence[Row]) -> Row:
     """The same row of several splits as one."""
     krr = [row.krr_accuracy for row in rows if row.krr_accuracy is not None]
     nodes, size = (round(float(np.mean([getattr(row, name) for row in rows]))) for name in ("nodes", "bytes"))
-    scores = (tuple(v for row in rows for v in getattr(row, n)) for n in ("accuracy", "macro_f1", "val_accuracy"))
-    return Row(rows[0].name, nodes, size, *scores, float(np.mean(krr)) if krr else None)
+    accuracy, macro_f1, validation = (
+        tuple(v for row in rows for v in getattr(row, n)) for n in ("accuracy", "macro_f1", "val_accuracy")
+    )
+    return Row(rows[0].name, nodes, size, accuracy, macro_f1, validation, float(np.mean(krr)) if krr else None)
 
 
 def report(title: str, lines: Sequence[str], out: Path | None) -> None:

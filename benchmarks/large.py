@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import rig
@@ -43,8 +44,8 @@ def main() -> None:
         seconds: dict[str, float] = {}
         if not prepared.exists():
             source = open_tables(arguments.data / "nodes.parquet", arguments.data / "edges.parquet")
-            options = {"encoder": encoder, "max_tokens": arguments.max_tokens, "parts": arguments.parts}
-            prepare(source, str(prepared), name=arguments.data.name, **options)
+            asked: dict[str, Any] = {"max_tokens": arguments.max_tokens, "parts": arguments.parts}
+            prepare(source, str(prepared), name=arguments.data.name, encoder=encoder, **asked)
             seconds["prepare"] = time.monotonic() - began
         tag = PreparedTag(str(prepared))
         print(f"prepared: {seconds}", flush=True)
@@ -61,6 +62,7 @@ def main() -> None:
             seconds[f"outer step {number}: {', '.join(f'{k} {v:.1f}' for k, v in step.items())}"] = sum(step.values())
         seconds["epoch 1: inner loop and validation"] = last["seconds"]["epoch"]
         _, config, _ = read(COMMANDS["distill"], words[words.index("distill") + 1 :])
+        assert config is not None
         plan = planned(tag, config, None)
         rows = []
         vitals = last["vitals"]

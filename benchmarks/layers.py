@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import rig
@@ -33,7 +34,7 @@ DISTILL = r"""talk-dist distill --data cora_cane-64 --out run-$SEED-$LAYERS --se
 class Case:
     """An encoder with adapters on its ``layers`` last layers, and what it keeps of ``tag``'s texts after `once`."""
 
-    def __init__(self, tag: PreparedTag, layers: int, pooling: str, scratch: str, rows: int):
+    def __init__(self, tag: PreparedTag, layers: int, pooling: Literal["auto", "cls", "mean"], scratch: str, rows: int):
         config = dataclasses.replace(preset().encoder, adapters=True, adapted_layers=layers, pooling=pooling)
         self.encoder, self.name = TextEncoder(config), f"{layers} of 6, {pooling}"
         self.tokens = tag.partition(0).tokens.slice(0, rows or tag.meta["parts"][0]["nodes"])

@@ -20,6 +20,7 @@ from talk_dist import open_tables, prepare
 from talk_dist.cli import COMMANDS
 from talk_dist.commands.preflight import planned
 from talk_dist.commands.settings import read
+from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.runtime.estimate import Plan
 
@@ -58,8 +59,9 @@ SETUPS = {
 }
 
 
-def plan_of(tag: PreparedTag, command: list[str]) -> tuple[Plan, object]:
+def plan_of(tag: PreparedTag, command: list[str]) -> tuple[Plan, DistillConfig]:
     _, config, _ = read(COMMANDS["distill"], command[command.index("distill") + 1 :])
+    assert config is not None
     return planned(tag, config, None), config
 
 

@@ -72,7 +72,7 @@ def joint(path: str, epochs: int) -> Found:
         watch.epoch({"val_accuracy": float(counts[0].trace() / counts[0].sum())})
         return counts
 
-    pool.student_scores = heard  # type: ignore[method-assign]
+    pool.student_scores = heard  # type: ignore[method-assign, assignment]
     fit_full(encoder, student, pool, WholeGraph(tag), recipe, epochs, seed=0)
     assert student_accuracy(pool, student, "val") >= max(value for _, value in watch.found) - 1e-9
     return watch.found[:-1]
@@ -112,7 +112,7 @@ def main() -> None:
     whole = found["default"][-1][0] if "default" in found else None
     if whole and "paper" in found:
         goal = max(value for _, value in found["paper"])
-        theirs, ours = first(found["paper"], goal), first(found["default"], goal)
+        theirs, ours = next(at for at, value in found["paper"] if value == goal), first(found["default"], goal)
         lines.append(
             f"The paper's schedule validates at best at {goal:.4f}, after {theirs:.0f} s; the default "
             + (f"validates so after {ours:.0f} s: {theirs / ours:.0f} times sooner." if ours else "does not.")
