@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from talk_dist.config import DistillConfig
+from talk_dist.data.given import given_width
 from talk_dist.errors import ConfigError
 from talk_dist.schema import unknown_key
 
@@ -71,14 +72,18 @@ class Parameter:
         return isinstance(value, int | float) and self.low <= value <= self.high
 
 
-def default_space() -> list[Parameter]:
-    """Worth running as it is, frozen encoder or adapters: what moved validation accuracy on the graphs we have."""
+def default_space(given: bool = False) -> list[Parameter]:
+    """Worth running as it is, frozen encoder or adapters: what moved validation accuracy on the graphs we have.
+
+    ``given``: for a graph that brings encodings, which are one token each, and found as soon as they are known.
+    """
     two_stage = {"synthetic.init": ("two-stage",)}
+    through = two_stage | {"two_stage.student_steps": range(1, 1000)}
     adapters = {"encoder.adapters": (True,)}
     steps = {"outer.epochs": range(1, 1000)}
     norms = {"kernel.architecture": ("gcn",), "kernel.hops": (2, 3)}
     labels = {"synthetic.learn_labels": (True,), **steps}
-    return [
+    space = [
         Parameter("synthetic.init", choices=("two-stage", "medoid")),
         Parameter("synthetic.tokens", choices=(8, 16, 32)),
         Parameter("synthetic.label_smoothing", 0.0, 0.3),
@@ -94,6 +99,7 @@ def default_space() -> list[Parameter]:
         Parameter("two_stage.feature_steps", 40, 240, when=two_stage),
         Parameter("two_stage.feature_lr", 3e-3, 3e-2, log=True, when=two_stage),
         Parameter("two_stage.student_steps", 0, 120, when=two_stage),
+        Parameter("two_stage.student_passes", 50, 250, when=through),
         Parameter("two_stage.token_steps", 40, 200, when=two_stage),
         Parameter("outer.lr", 1e-4, 1e-2, log=True, when=steps),
         Parameter("outer.steps", 2, 16, when=steps),
@@ -102,6 +108,8 @@ def default_space() -> list[Parameter]:
         Parameter("inner.passes", 50, 300),
         Parameter("inner.adapter_lr", 1e-5, 1e-3, log=True, when=adapters),
     ]
+    tokens = {"synthetic.tokens", "two_stage.token_steps"} if given else set()
+    return [parameter for parameter in space if parameter.key not in tokens]
 
 
 def suggest(space: list[Parameter], trial: Suggest, base: DistillConfig) -> dict[str, Value]:
@@ -176,7 +184,8 @@ def read_space(tree: Mapping[str, Any], base: DistillConfig) -> tuple[list[Param
     (fixed), or null (as the preset has it). Raises one ConfigError that lists every problem.
     """
     known = dict(leaves(base.to_dict()))
-    space = {parameter.key: parameter for parameter in default_space()}
+    given = given_width(base.encoder.name) is not None
+    space = {parameter.key: parameter for parameter in default_space(given)}
     fixed: dict[str, Value] = {}
     problems: list[str] = []
     for key, value in tree.items():

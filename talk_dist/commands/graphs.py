@@ -92,7 +92,7 @@ class Prepare:
             split_seed=self.split_seed,
             use_split_column=self.use_split_column,
             name=name,
-            progress=lambda done, total: lines.progress("tokenise", done, total, {}),
+            progress=lambda done, total: lines.progress("prepare", done, total, {}),
         )
         print(report.prepared(self.out, tag.meta))
 

@@ -120,7 +120,7 @@ class Distill:
             max_tokens=min(128, encoder.tokenizer.max_length),
             halo_hops=hops,
             name=api_name(),
-            progress=lambda done, total: lines.progress("tokenise", done, total, {}),
+            progress=lambda done, total: lines.progress("prepare", done, total, {}),
         )
 
 

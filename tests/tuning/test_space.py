@@ -42,6 +42,13 @@ def test_the_presets_lie_in_the_space_or_next_to_it(name):
     assert point["kernel.ridge"] == max(preset(name).kernel.ridge, 1e-4)
 
 
+def test_given_encodings_have_one_token_and_none_to_find():
+    base = configured(preset(), {"encoder.name": "given:8", "synthetic.tokens": 1})
+    texts, given = ({p.key for p in read_space({}, config)[0]} for config in (preset(), base))
+    assert texts - given == {"synthetic.tokens", "two_stage.token_steps"}
+    assert given < texts
+
+
 def test_a_yaml_narrows_fixes_extends_and_drops():
     tree = {
         "kernel.ridge": {"low": "1e-2"},  # what YAML makes of 1e-2
