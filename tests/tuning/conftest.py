@@ -25,6 +25,8 @@ SPACE = """
 synthetic.tokens: [4, 6]
 two_stage.feature_steps: {low: 2, high: 8}
 two_stage.token_steps: {low: 2, high: 8}
+two_stage.student_steps: {low: 0, high: 4}
+two_stage.student_passes: {low: 3, high: 6}
 outer.steps: {low: 1, high: 3}
 inner.passes: {low: 10, high: 40}
 """
