@@ -46,9 +46,9 @@ class Case:
         """Token embeddings (M, T, d_tok) of medoid texts."""
         return embed(self.encoder, choose(self.pool, self.sample, self.counts, "medoid", self.config), tokens)
 
-    def residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of ``x`` (M, T, d_tok): squared distances (M,) and their gradients."""
-        return self.encoder.residual(x, self.h_s)
+    def residual(self, x: Tensor, nodes: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Of ``x`` (m, T, d_tok), which are ``nodes``: squared distances (m,) and their gradients."""
+        return self.encoder.residual(x, self.h_s[nodes])
 
     def error(self, x: Tensor) -> float:
         """||enc(x) - h||^2 / ||h||^2 over all nodes."""

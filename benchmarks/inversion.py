@@ -57,7 +57,7 @@ def ours(case: Case, x: Tensor, passes: int, error: float = -1.0) -> tuple[Tenso
 
     def residual(flat: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
         asked.append(len(nodes))
-        distances, gradient = case.encoder.residual(flat.view(-1, *x.shape[1:]), case.h_s[nodes])
+        distances, gradient = case.residual(flat.view(-1, *x.shape[1:]), nodes)
         return distances, gradient.flatten(1)
 
     goal = error * case.h_s.square().sum(1)

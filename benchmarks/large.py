@@ -12,7 +12,6 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import rig
@@ -44,8 +43,14 @@ def main() -> None:
         seconds: dict[str, float] = {}
         if not prepared.exists():
             source = open_tables(arguments.data / "nodes.parquet", arguments.data / "edges.parquet")
-            asked: dict[str, Any] = {"max_tokens": arguments.max_tokens, "parts": arguments.parts}
-            prepare(source, str(prepared), name=arguments.data.name, encoder=encoder, **asked)
+            prepare(
+                source,
+                str(prepared),
+                encoder=encoder,
+                max_tokens=arguments.max_tokens,
+                parts=arguments.parts,
+                name=arguments.data.name,
+            )
             seconds["prepare"] = time.monotonic() - began
         tag = PreparedTag(str(prepared))
         print(f"prepared: {seconds}", flush=True)

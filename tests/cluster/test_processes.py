@@ -48,7 +48,7 @@ def test_a_killed_driver_goes_on_to_the_same_result(four, encoder_folder, tmp_pa
     ]  # fmt: skip
     assert main(["distill", *settings, "--out", str(tmp_path / "local")]) == 0
     on_ray = [sys.executable, "-m", "talk_dist", "distill", *settings, "--out", tmp_path / "ray", "--runtime", "ray"]
-    on_ray += ["--cluster.actors", "1"]  # several die in test_kills
+    on_ray += ["--cluster.actors", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(on_ray, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as driver:
         log = tmp_path / "ray" / "log.jsonl"

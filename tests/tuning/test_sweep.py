@@ -101,23 +101,24 @@ def test_encodings_are_computed_once_for_all_sweeps(plain, data, words, told, tm
     assert {row["state"] for row in trials(tmp_path / "second")} == {"complete"}
 
 
-def test_stopped_or_killed_at_random_and_gone_on_with(data, words, whole, told, tmp_path):
+def test_stopped_and_killed_at_random_and_gone_on_with(data, words, whole, told, tmp_path):
     """What is finished stays, nothing is lost or runs twice, and six trials at once are five and then a sixth.
     benchmarks/sweeps.py kills five times on a real graph."""
-    command = [sys.executable, "-m", "talk_dist", *words(data, tmp_path, trials=6, name="s", confirm=1)]
-    begun = [f"{row['number']:05d}" for row in whole if row["state"] == "complete"][1]  # others may leave no folder
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "s" / "trials" / begun).exists():
-        assert driver.poll() is None
-        time.sleep(0.05)
-    time.sleep(random.Random().uniform(0.0, 1.0))
-    number = random.Random().choice((signal.SIGTERM, signal.SIGKILL))
-    driver.send_signal(number)
-    _, err = driver.communicate()
-    line = ["tune", "--out", str(tmp_path), "--resume", "s"]
-    if number == signal.SIGTERM:
-        assert driver.returncode == 128 + number
-        assert f"trials are done; go on with:\n  talk-dist {' '.join(line)}\n" in err
+    line = words(data, tmp_path, trials=6, name="s", confirm=1)
+    completed = [f"{row['number']:05d}" for row in whole if row["state"] == "complete"]  # others may leave no folder
+    for number, begun in zip((signal.SIGTERM, signal.SIGKILL), completed[1:], strict=False):
+        command = [sys.executable, "-m", "talk_dist", *line]
+        driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not (tmp_path / "s" / "trials" / begun).exists():
+            assert driver.poll() is None
+            time.sleep(0.05)
+        time.sleep(random.Random().uniform(0.0, 1.0))
+        driver.send_signal(number)
+        _, err = driver.communicate()
+        line = ["tune", "--out", str(tmp_path), "--resume", "s"]
+        if number == signal.SIGTERM:
+            assert driver.returncode == 128 + number
+            assert f"trials are done; go on with:\n  talk-dist {' '.join(line)}\n" in err
     told(*line)
     assert trials(tmp_path / "s") == whole
 
@@ -177,7 +178,7 @@ def test_a_trial_whose_process_dies(data, words, whole, told, tmp_path, monkeypa
         try:
             trial(config)
         except SystemExit:  # stopped early
-            time.sleep(1)
+            time.sleep(3)
             raise
         finally:
             tune.report = report
