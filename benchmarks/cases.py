@@ -40,7 +40,7 @@ class Case:
         classes = one_hot_labels(self.counts)
         self.y_s = smoothed(classes, self.config.synthetic.label_smoothing)
         self.found: dict[int, Tensor] = {}  # by T: the tokens that `fit_tokens` found
-        self.h_s, _ = optimise_encodings(self.pool, start, classes, self.config, lambda *_: None)
+        self.h_s = optimise_encodings(self.pool, start, classes, self.config, lambda *_: None).h_s
 
     def medoids(self, tokens: int) -> Tensor:
         """Token embeddings (M, T, d_tok) of medoid texts."""

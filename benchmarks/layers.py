@@ -27,7 +27,7 @@ from talk_dist import PreparedTag, SyntheticTAG, TextEncoder, preset
 from talk_dist.runtime.lower import LowerStates
 
 ADAPTED = (6, 3, 2, 1)
-DISTILL = r"""talk-dist distill --data cora_cane-64 --out run-$SEED-$LAYERS --seed $SEED --preset quick \
+DISTILL = r"""talk-dist distill --data cora_cane-64 --out run-$SEED-$LAYERS --seed $SEED \
   --encoder.adapters true --encoder.adapted_layers $LAYERS --inner.passes 60 --outer.epochs 2 --runtime.threads 1"""
 
 

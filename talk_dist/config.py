@@ -133,7 +133,7 @@ class SyntheticConfig:
     """Make texts: real tokens (`tokens` of them, special ones counted) whose encodings point where the optimised ones
     do. Stored as token ids, exported as text; less accurate, the more so in another encoder
     (benchmarks/results/discrete.md).
-    With `init: two-stage` and `outer.epochs: 0`, whose steps would move them off the vocabulary."""
+    With `init: two-stage`, and without outer epochs, whose steps would move them off the vocabulary."""
 
     def __post_init__(self) -> None:
         whole = self.size < 1 or float(self.size).is_integer()
@@ -190,8 +190,9 @@ class TwoStageConfig:
 class OuterConfig:
     """The outer loop: steps of the synthetic set against the kernel ridge regression loss."""
 
-    epochs: int = 4
-    """Outer epochs: inner loop, encoding of the real texts, validation, steps."""
+    epochs: int | None = None
+    """Outer epochs: inner loop, encoding of the real texts, validation, steps. Left open: none after two stages, whose
+    result they do not improve (benchmarks/results/students.md), unless labels are to be learned; else 4."""
     steps: int = 8
     """Outer steps per epoch."""
     rows: int = 4096
@@ -219,7 +220,7 @@ class OuterConfig:
     def __post_init__(self) -> None:
         check(
             "outer",
-            epochs=(self.epochs >= 0, self.epochs, "not negative"),
+            epochs=(self.epochs is None or self.epochs >= 0, self.epochs, "not negative"),
             steps=(self.steps >= 1, self.steps, "at least 1"),
             rows=(self.rows == 0 or self.rows >= 16, self.rows, "0 or at least 16"),
             lr=(self.lr > 0, self.lr, "positive"),
@@ -246,11 +247,18 @@ class DistillConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     def __post_init__(self) -> None:
-        if self.synthetic.discrete and (self.synthetic.init != "two-stage" or self.outer.epochs):
+        if self.synthetic.discrete and (self.synthetic.init != "two-stage" or self.outer_epochs):
             raise ConfigError(
                 f"with synthetic.discrete, synthetic.init must be two-stage (it is {self.synthetic.init}) and "
-                f"outer.epochs 0 (it is {self.outer.epochs}): outer steps move tokens off the vocabulary"
+                f"outer.epochs 0 (it is {self.outer_epochs}): outer steps move tokens off the vocabulary"
             )
+
+    @property
+    def outer_epochs(self) -> int:
+        """`outer.epochs`, or what it comes to where it is left open."""
+        if self.outer.epochs is not None:
+            return self.outer.epochs
+        return 0 if self.synthetic.init == "two-stage" and not self.synthetic.learn_labels else 4
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -49,11 +49,11 @@ def distill(
         real.encode(encoder, tell.progress)
         start = initialise(real, encoder, config, tell.progress)
         state = DistillState(start.x_s, start.y_s, torch.tensor(start.log_temperature, dtype=torch.float64))
-        state.start_seconds = time.monotonic() - started
+        state.start_seconds, state.start_history = time.monotonic() - started, start.history
         if checkpoint:
             checkpoint.save(state)
 
-    while state.epoch <= config.outer.epochs and state.epoch - max(state.best_epoch, 0) <= config.outer.patience:
+    while state.epoch <= config.outer_epochs and state.epoch - max(state.best_epoch, 0) <= config.outer.patience:
         meter, started = pool.meter, time.monotonic()
         meter.take()
         seed = config.seed + 1000 * (state.epoch + 1)
@@ -74,7 +74,7 @@ def distill(
             }
         record["best"] = state.offer(record["val_accuracy"])
         seconds: dict[str, Any] = meter.take()
-        if state.epoch < config.outer.epochs:
+        if state.epoch < config.outer_epochs:
             record["loss"], seconds["steps"] = outer_steps(state, encoder, objective, config, tell)
         record["seconds"] = seconds | {"epoch": round(time.monotonic() - started, 3)}
         record["vitals"] = asdict(pool.vitals())
@@ -91,6 +91,7 @@ def distill(
         "val_accuracy": state.best_accuracy,
         "best_epoch": state.best_epoch,
         "seconds": {"start": state.start_seconds, "epochs": sum(r["seconds"]["epoch"] for r in state.history)},
+        "start": state.start_history,
         "history": state.history,
     }
     ids = exact_tokens(x_s, encoder.token_table) if config.synthetic.discrete else None

@@ -9,17 +9,14 @@ from talk_dist.config import (
     KernelConfig,
     OuterConfig,
     SyntheticConfig,
-    TwoStageConfig,
 )
 from talk_dist.errors import ConfigError
 
 
 def preset(name: str = "default") -> DistillConfig:
-    """`default`: best on validation; `quick`: minutes on two cores; `paper`: TaLK to the letter."""
+    """`default`: best on validation; `paper`: TaLK to the letter. Raises ConfigError for another name."""
     if name == "default":
         return DistillConfig()
-    if name == "quick":
-        return DistillConfig(two_stage=TwoStageConfig(token_steps=80), outer=OuterConfig(epochs=2))
     if name == "paper":
         return DistillConfig(
             encoder=EncoderConfig(pooling="cls", adapters=True),
@@ -28,4 +25,4 @@ def preset(name: str = "default") -> DistillConfig:
             inner=InnerConfig(passes=90, gnn_lr=1e-3, adapter_lr=1e-4),
             outer=OuterConfig(epochs=80, steps=8, rows=0, lr=1e-4, patience=80),
         )
-    raise ConfigError(f"unknown preset {name!r}; one of default, quick, paper")
+    raise ConfigError(f"unknown preset {name!r}; one of default, paper")

@@ -114,11 +114,10 @@ def default_space(given: bool = False) -> list[Parameter]:
 
 def suggest(space: list[Parameter], trial: Suggest, base: DistillConfig) -> dict[str, Value]:
     """A point of the space, asked of ``trial`` in order; parameters whose condition fails are left out."""
-    known = dict(leaves(base.to_dict()))
     point: dict[str, Value] = {}
     for parameter in space:
-        if active(parameter, known):
-            point[parameter.key] = known[parameter.key] = parameter.suggest(trial)
+        if active(parameter, settings(configured(base, point))):
+            point[parameter.key] = parameter.suggest(trial)
     return point
 
 
@@ -166,14 +165,14 @@ def configured(base: DistillConfig, point: Mapping[str, Value]) -> DistillConfig
 
 def point_of(space: list[Parameter], config: DistillConfig) -> dict[str, Value]:
     """Where ``config`` lies in the space, for a start-up trial: values outside are moved to the nearest inside."""
-    known = dict(leaves(config.to_dict()))
     point: dict[str, Value] = {}
     for parameter in space:
+        known = settings(configured(config, point))
         if active(parameter, known):
             value = known[parameter.key]
             if not parameter.holds(value):
                 value = parameter.choices[0] if parameter.choices else min(max(value, parameter.low), parameter.high)
-            point[parameter.key] = known[parameter.key] = value
+            point[parameter.key] = value
     return point
 
 
@@ -183,7 +182,7 @@ def read_space(tree: Mapping[str, Any], base: DistillConfig) -> tuple[list[Param
     A value of ``tree`` is a list of choices, a mapping with low, high and, if wanted, log and when, a single value
     (fixed), or null (as the preset has it). Raises one ConfigError that lists every problem.
     """
-    known = dict(leaves(base.to_dict()))
+    known = settings(base)
     given = given_width(base.encoder.name) is not None
     space = {parameter.key: parameter for parameter in default_space(given)}
     fixed: dict[str, Value] = {}
@@ -256,6 +255,11 @@ def _checked(space: list[Parameter], base: DistillConfig) -> list[Parameter]:
     if problems:
         raise ConfigError("space: " + "; ".join(problems))
     return space
+
+
+def settings(config: DistillConfig) -> dict[str, Any]:
+    """Every setting by its dotted name, one that was left open as what it comes to."""
+    return dict(leaves(config.to_dict())) | {"outer.epochs": config.outer_epochs}
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -103,7 +103,7 @@ class Estimate:
 
     data: str = ""
     """Folder of a prepared graph."""
-    preset: Literal["default", "quick", "paper"] = "default"
+    preset: Literal["default", "paper"] = "default"
     """Settings to start from."""
     evaluate: bool = True
     """Count the evaluation too."""

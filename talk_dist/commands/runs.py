@@ -40,8 +40,8 @@ class Distill:
     """Folder of a prepared graph, or `python-api`: the API of this interpreter's standard library."""
     out: str = "runs/python-api"
     """Folder of the run, on any pyarrow.fs path: checkpoint, log, the artifact `synthetic/`, and the evaluation."""
-    preset: Literal["default", "quick", "paper"] = "default"
-    """Settings to start from. quick: minutes on two cores; paper: TaLK (arXiv 2606.22975) to the letter."""
+    preset: Literal["default", "paper"] = "default"
+    """Settings to start from. paper: TaLK (arXiv 2606.22975) to the letter."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the last finished epoch of the same run; `never` starts over."""
     evaluate: bool = False

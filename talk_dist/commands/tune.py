@@ -39,7 +39,7 @@ class Tune:
     """Name of the sweep."""
     resume: str = ""
     """Go on with the sweep of this name, with the settings it was started with."""
-    preset: Literal["default", "quick", "paper"] = "default"
+    preset: Literal["default", "paper"] = "default"
     """Settings that the space does not touch."""
     space: str = ""
     """YAML that narrows, fixes, extends or drops parameters of the default space."""

@@ -28,7 +28,7 @@ _BRIEF.maxstring = 200
 @dataclass
 class DistillState:
     """What an outer epoch starts from. ``best`` is (x_s, y_s) as it was when it validated best; ``start_seconds`` is
-    what the start took, in whichever process made it."""
+    what the start took, in whichever process made it, and ``start_history`` how stage one validated."""
 
     x_s: Tensor  # (M, T, d_tok)
     y_s: Tensor  # (M, C)
@@ -40,6 +40,7 @@ class DistillState:
     history: list[dict[str, Any]] = field(default_factory=list)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     start_seconds: float = 0.0
+    start_history: list[dict[str, Any]] = field(default_factory=list)
 
     def offer(self, accuracy: float) -> bool:
         """Keep the current set if it is the best so far; the earlier of two equals stays."""
@@ -68,7 +69,7 @@ class Checkpoint:
         if state.best is not None:
             tensors["best.x_s"], tensors["best.y_s"] = state.best
         tensors |= {f"optimizer.{name}": value for name, value in state.optimizer.items()}
-        names = ("epoch", "best_accuracy", "best_epoch", "history", "start_seconds")
+        names = ("epoch", "best_accuracy", "best_epoch", "history", "start_seconds", "start_history")
         scalars = {name: getattr(state, name) for name in names}
         metadata = {"state": json.dumps(scalars), "identity": json.dumps(self.identity)}
         data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

@@ -74,7 +74,7 @@ def work(
     student = 6.0 * m * config.student.hidden * (model.width + classes) / SMALL_SHARE
     upper = 3 * forward * adapted_layers(config, model) / max(1, model.layers)  # of a pass, with gradient
     fit = inner.passes * (upper + student)
-    epochs = outer.epochs + 1
+    epochs = config.outer_epochs + 1
     lessons = (1 + epochs if adapters else 1) if taught else 0
     lesson = inner.passes * 6.0 * train * config.student.hidden * (model.width + classes) / SMALL_SHARE
     lesson += (inner.passes // inner.select_every + 1) * scores
@@ -94,7 +94,7 @@ def work(
             flop["initialise"] += 4 * unrolled * student + two.student_steps * blocks * real
             flop["initialise"] += checks * (inner.passes * student + scores) + checks / two.judges * predicted
             steps["initialise"] += 2 * int(unrolled) * blocks + checks * inner.passes
-    flop["outer epochs"] = epochs * (fit + scores + predicted) + outer.epochs * outer.steps * (inject + step)
+    flop["outer epochs"] = epochs * (fit + scores + predicted) + config.outer_epochs * outer.steps * (inject + step)
     if evaluation is not None:
         small = 1 + sum(name != "full" for name in evaluation.against)
         checks = evaluation.recipe.passes // evaluation.recipe.select_every + 1

@@ -8,6 +8,8 @@ through its training. What is kept validates best.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,22 +25,28 @@ from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool
 
 
-def optimise_encodings(
-    pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report
-) -> tuple[Tensor, float]:
-    """From ``start`` (M, d) with one-hot labels ``y_s`` (M, C): the encodings, and the log temperature of the loss.
+@dataclass(frozen=True)
+class Optimised:
+    """Encodings (M, d), the log temperature of the loss, and a record of every validation on the way: stage (`kernel`
+    or `students`), step, val_accuracy, krr_val_accuracy."""
+
+    h_s: Tensor
+    log_temperature: float
+    history: list[dict[str, Any]]
+
+
+def optimise_encodings(pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report) -> Optimised:
+    """From ``start`` (M, d) with one-hot labels ``y_s`` (M, C).
 
     Students learn labels that `synthetic.label_smoothing` softens. Raises ConfigError if their training diverges.
     """
-    h_s, log_temperature = _against_the_kernel(pool, start, y_s, config, report)
-    if config.two_stage.student_steps:
-        h_s = _through_students(pool, h_s, y_s, config, report)
-    return h_s, log_temperature
+    found = _against_the_kernel(pool, start, y_s, config, report)
+    return _through_students(pool, found, y_s, config, report) if config.two_stage.student_steps else found
 
 
 def _against_the_kernel(
     pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report
-) -> tuple[Tensor, float]:
+) -> Optimised:
     settings, objective = config.two_stage, Objective(pool, config)
     h_s = start.clone().requires_grad_()
     log_temperature = torch.tensor(Objective.initial_log_temperature, dtype=torch.float64, requires_grad=True)
@@ -50,11 +58,13 @@ def _against_the_kernel(
         ]
     )
     best, best_accuracy, krr_accuracy = (h_s.detach().clone(), log_temperature.item()), -1.0, 0.0
+    history: list[dict[str, Any]] = []
     total = settings.feature_steps + settings.student_steps * config.kernel.blocks(len(start))
     for step in range(settings.feature_steps + 1):
         if step % settings.validate_every == 0 or step == settings.feature_steps:
             krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
             val_accuracy = judged(pool, h_s.detach(), y_s, config, 1)
+            history.append(_record("kernel", step, val_accuracy, krr_accuracy))
             if val_accuracy > best_accuracy:
                 best, best_accuracy = (h_s.detach().clone(), log_temperature.item()), val_accuracy
         gradient = objective(h_s.detach(), y_s, log_temperature.item(), step)
@@ -63,13 +73,16 @@ def _against_the_kernel(
         h_s.grad = gradient.d_hs.to(h_s)
         log_temperature.grad = torch.tensor(gradient.d_log_temperature, dtype=torch.float64)
         optimizer.step()
-    return best
+    return Optimised(*best, history)
 
 
-def _through_students(pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
-    """Nothing is kept that does not validate half a standard error better than ``start``, and the first validation that
-    is no better than its own is the last. Blocks take turns: each has an optimizer of its own, and
+def _through_students(
+    pool: ShardPool, found: Optimised, y_s: Tensor, config: DistillConfig, report: Report
+) -> Optimised:
+    """Nothing is kept that does not validate half a standard error better than what was ``found``, and the first
+    validation that is no better than its own is the last. Blocks take turns: each has an optimizer of its own, and
     `two_stage.student_steps` steps."""
+    start, history = found.h_s, list(found.history)
     settings, objective, num_val = config.two_stage, Objective(pool, config), pool.tag.meta["split_sizes"]["val"]
     blocks, size = config.kernel.blocks(len(start)), float(start.pow(2).mean().sqrt())
     steps, every = settings.student_steps * blocks, settings.validate_every * blocks
@@ -79,6 +92,7 @@ def _through_students(pool: ShardPool, start: Tensor, y_s: Tensor, config: Disti
     best, first = start, judged(pool, start, y_s, config, settings.judges)
     needed = first + 0.5 * math.sqrt(first * (1 - first) / num_val)
     facts = {"val": first, "krr_val": accuracy(objective.krr_counts(start, y_s, "val"))}
+    history.append(_record("students", 0, first, facts["krr_val"]))
     for step in range(steps):
         block = step % blocks
         facts["loss"], nodes[block].grad = student_gradient(pool, h_s, y_s, config, step)
@@ -88,6 +102,7 @@ def _through_students(pool: ShardPool, start: Tensor, y_s: Tensor, config: Disti
         if over or (step + 1) % every == 0:
             facts["krr_val"] = accuracy(objective.krr_counts(h_s, y_s, "val"))
             val_accuracy = judged(pool, h_s, y_s, config, settings.judges)
+            history.append(_record("students", step + 1, val_accuracy, facts["krr_val"]))
             if val_accuracy > needed:
                 best, needed, facts["val"] = h_s.clone(), val_accuracy, val_accuracy
             over = over or val_accuracy <= first
@@ -95,7 +110,11 @@ def _through_students(pool: ShardPool, start: Tensor, y_s: Tensor, config: Disti
         report("encodings", done, settings.feature_steps + steps, facts)
         if over:
             break
-    return best
+    return replace(found, h_s=best, history=history)
+
+
+def _record(stage: str, step: int, val_accuracy: float, krr_val_accuracy: float) -> dict[str, Any]:
+    return {"stage": stage, "step": step, "val_accuracy": val_accuracy, "krr_val_accuracy": krr_val_accuracy}
 
 
 def student_gradient(

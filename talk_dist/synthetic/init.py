@@ -6,7 +6,8 @@ least-squares fit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +31,13 @@ TOGETHER = 512  # synthetic nodes inverted side by side: their histories are wha
 
 @dataclass(frozen=True)
 class Start:
-    """Token embeddings (M, T, d_tok), labels (M, C), and the log temperature the loss begins with."""
+    """Token embeddings (M, T, d_tok), labels (M, C), the log temperature the loss begins with, and the validations of
+    stage one (`Optimised.history`)."""
 
     x_s: Tensor
     y_s: Tensor
     log_temperature: float
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def num_synthetic(size: float, num_nodes: int) -> int:
@@ -72,9 +75,9 @@ def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: 
         return Start(x_s, y_s, Objective.initial_log_temperature)
     texts = None if given else choose(pool, sample, counts, how, config)
     start = torch.from_numpy(class_centres(sample, counts, config.seed, blocks))
-    h_s, log_temperature = optimise_encodings(pool, start, classes, config, report)
-    x_s = h_s[:, None] if texts is None else fit_texts(encoder, texts, h_s, config, report)
-    return Start(x_s, y_s, log_temperature)
+    found = optimise_encodings(pool, start, classes, config, report)
+    x_s = found.h_s[:, None] if texts is None else fit_texts(encoder, texts, found.h_s, config, report)
+    return Start(x_s, y_s, found.log_temperature, found.history)
 
 
 def choose(pool: ShardPool, sample: TrainSample, counts: np.ndarray, how: str, config: DistillConfig) -> TokenLists:

@@ -12,6 +12,7 @@ from talk_dist.page import PLOT, can_draw, png
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 SYNTHETIC, RIVAL, KERNEL = "#0b7285", "#ced4da", "#e8890c"
+STAGES = {"kernel": "kernel steps", "students": "students", "": "epochs"}
 
 
 def plot(metrics: dict[str, Any], title: str, path: str | Path) -> str:
@@ -28,26 +29,37 @@ def plot(metrics: dict[str, Any], title: str, path: str | Path) -> str:
             axis.set_axisbelow(True)
             axis.grid(axis="y", color=GRID)
         figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
-        _epochs(left, metrics.get("history", []), metrics.get("best_epoch"))
+        _validations(left, metrics.get("start", []), metrics.get("history", []), metrics.get("best_epoch"))
         _sets(right, metrics.get("evaluation", {}).get("rows", []))
 
     storage.write_atomic(path, png(draw, 10, 4.2, dpi=130))
     return str(path)
 
 
-def _epochs(axis: Any, history: list[dict[str, Any]], best: int | None) -> None:
-    epochs = [record["epoch"] for record in history]
-    student = [record["val_accuracy"] for record in history]
-    axis.plot(
-        epochs, [r["krr_val_accuracy"] for r in history], "o-", color=KERNEL, lw=1.8, ms=5, label="kernel predictor"
-    )
-    axis.plot(epochs, student, "o-", color=SYNTHETIC, lw=1.8, ms=5, label="student")
-    if best in epochs:
-        value = student[epochs.index(best)]
-        axis.plot(best, value, "o", ms=13, mfc="none", mec=SYNTHETIC, mew=1.5, label=f"kept: epoch {best}, {value:.3f}")
-    axis.set_xticks(epochs if len(epochs) <= 12 else np.unique(np.linspace(0, max(epochs), 9).astype(int)))
+def _validations(axis: Any, start: list[dict[str, Any]], history: list[dict[str, Any]], best: int | None) -> None:
+    """One after the other, as far apart: of the encodings against the kernel, then through students, then of the
+    synthetic set as it started and after every outer epoch."""
+    records = [*start, *history]
+    stages = [STAGES[record.get("stage", "")] for record in records]
+    lines = ("krr_val_accuracy", KERNEL, "kernel predictor"), ("val_accuracy", SYNTHETIC, "student")
+    for stage in dict.fromkeys(stages):  # no line from one to the next: other things are validated
+        first = stages.index(stage)
+        places = range(first, first + stages.count(stage))
+        for name, color, label in lines:
+            values = [records[place][name] for place in places]
+            axis.plot(places, values, "o-", color=color, lw=1.8, ms=5, label=None if first else label)
+        middle = (first + places[-1]) / 2, 0.02
+        axis.annotate(stage, middle, xycoords=("data", "axes fraction"), ha="center", fontsize=8, color=MUTED)
+        if first:
+            axis.axvline(first - 0.5, color=GRID, lw=1.2)
+    kept = next((len(start) + i for i, record in enumerate(history) if record["epoch"] == best), None)
+    if kept is not None:
+        value = records[kept]["val_accuracy"]
+        axis.plot(kept, value, "o", ms=13, mfc="none", mec=SYNTHETIC, mew=1.5, label=f"kept: {value:.3f}")
+    shown = range(0, len(records), -(-len(records) // 14) or 1)
+    axis.set_xticks(shown, [str(records[place].get("step", records[place].get("epoch"))) for place in shown])
     axis.margins(x=0.08, y=0.25)
-    axis.set_xlabel("outer epoch (0 is the start)", color=INK)
+    axis.set_xlabel("step or epoch", color=INK)
     axis.set_title("accuracy on validation nodes", loc="left", fontsize=10, color=INK)
     axis.legend(frameon=False, fontsize=9, labelcolor=INK)
 

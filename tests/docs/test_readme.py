@@ -91,9 +91,9 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Data(edge_index=torch.stack([ring, (ring + 3) % 240]), y=label, num_nodes=240)
     data.text = text
     names: dict = {"data": data}
-    quick = talk_dist.preset("quick")  # 1 % of 240 nodes would be fewer than three classes
-    small = replace(quick.synthetic, size=3, tokens=4)
-    config = replace(quick, synthetic=small, two_stage=replace(quick.two_stage, student_steps=2, token_steps=5))
+    preset = talk_dist.preset("default")  # 1 % of 240 nodes would be fewer than three classes
+    small = replace(preset.synthetic, size=3, tokens=4)
+    config = replace(preset, synthetic=small, two_stage=replace(preset.two_stage, student_steps=2, token_steps=5))
     monkeypatch.setattr(talk_dist, "preset", lambda name: config)
     exec(own_graph, names)
     assert len(names["synthetic"]) == 3

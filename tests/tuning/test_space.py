@@ -20,7 +20,7 @@ def anywhere(seed):
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_every_point_is_a_configuration_that_differs_there_alone(adapters):
-    base = configured(preset("quick"), {"encoder.adapters": adapters})
+    base = configured(DistillConfig(), {"encoder.adapters": adapters})
     for seed in range(40):
         point = suggest(default_space(), anywhere(seed), base)
         before, after = dict(leaves(base.to_dict())), dict(leaves(configured(base, point).to_dict()))
@@ -30,7 +30,7 @@ def test_every_point_is_a_configuration_that_differs_there_alone(adapters):
         assert ("two_stage.token_steps" in point) == (point["synthetic.init"] == "two-stage")
 
 
-@pytest.mark.parametrize("name", ["default", "quick", "paper"])
+@pytest.mark.parametrize("name", ["default", "paper"])
 def test_the_presets_lie_in_the_space_or_next_to_it(name):
     space = default_space()
     point = point_of(space, preset(name))
@@ -40,6 +40,18 @@ def test_the_presets_lie_in_the_space_or_next_to_it(name):
         if parameter.key in point:
             assert parameter.holds(point[parameter.key])
     assert point["kernel.ridge"] == max(preset(name).kernel.ridge, 1e-4)
+
+
+def test_outer_steps_are_asked_for_where_there_are_outer_epochs():
+    """Whether there are any follows from the point itself where the setting is left open."""
+    seen = set()
+    for seed in range(40):
+        point = suggest(default_space(), anywhere(seed), preset())
+        epochs = point["synthetic.init"] == "medoid" or point["synthetic.learn_labels"]
+        assert ("outer.lr" in point) == ("outer.steps" in point) == epochs
+        assert ("outer.label_lr" in point) == point["synthetic.learn_labels"]
+        seen.add(epochs)
+    assert seen == {True, False}
 
 
 def test_given_encodings_have_one_token_and_none_to_find():

@@ -7,14 +7,14 @@ import random
 import pytest
 from optuna.trial import TrialState
 
+from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
-from talk_dist.presets import preset
 from tuning import study as study_module
 from tuning.findings import findings
 from tuning.space import default_space, point_of, suggest
 from tuning.study import Strategy, open_study
 
-BASE, SPACE = preset("quick"), default_space()
+BASE, SPACE = DistillConfig(), default_space()
 TRIALS, EPOCHS = 20, 3
 
 

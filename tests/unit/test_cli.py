@@ -117,7 +117,7 @@ def test_prepare_the_api_of_a_package(encoder_folder, told, tmp_path):
 
 
 def test_estimate(tags, encoder_folder, told):
-    out, _ = told("estimate", tags[2].path, *words(encoder__name=encoder_folder, preset="quick", synthetic__size=6))
+    out, _ = told("estimate", tags[2].path, *words(encoder__name=encoder_folder, synthetic__size=6))
     for word in ("peak", "encode", "evaluate", "together", "shards (2)"):
         assert word in out
 

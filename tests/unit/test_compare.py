@@ -30,7 +30,7 @@ LITTLE = {
     "outer.steps": 2,
 }
 METHODS = {
-    "talk": {"preset": "quick", **LITTLE},
+    "talk": {"preset": "default", **LITTLE},
     "medoid": {"coreset": "medoid"},
     "centres": {"features": "centres"},
     "inverted": {"features": "centres", "invert": True, **LITTLE},
@@ -177,7 +177,7 @@ def test_one_node_a_class(plan, told, tmp_path):
 
 
 def test_all_that_is_wrong_is_told_before_anything_runs(plan, told, tmp_path):
-    wrong = {"talk": {"preset": "quick", "outer.epoch": 1}, "best": {"coreset": "best"}, "odd": 3}
+    wrong = {"talk": {"preset": "default", "outer.epoch": 1}, "best": {"coreset": "best"}, "odd": 3}
     path = plan(methods=wrong, data={"toy": {"node": "x"}}, sise=[0.01])
     _, err = told("compare", path, "--out", tmp_path / "out", code=2)
     for words in (

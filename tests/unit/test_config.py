@@ -18,7 +18,7 @@ from talk_dist.presets import preset
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(DistillConfig) if field.name != "seed"}
 
 
-@pytest.mark.parametrize("name", ["default", "quick", "paper"])
+@pytest.mark.parametrize("name", ["default", "paper"])
 def test_a_configuration_survives_json(name):
     config = preset(name)
     assert DistillConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -29,7 +29,7 @@ def test_presets():
     paper = preset("paper")
     assert (paper.synthetic.tokens, paper.encoder.pooling, paper.outer.loss) == (256, "cls", "mse")
     assert paper.encoder.adapters
-    with pytest.raises(ConfigError, match="'fast'; one of default, quick, paper"):
+    with pytest.raises(ConfigError, match="'fast'; one of default, paper"):
         preset("fast")
 
 
@@ -79,6 +79,25 @@ def test_evaluation_settings():
     for wrong in ({"seeds": 0}, {"against": ("full", "everything")}):
         with pytest.raises(ConfigError, match="evaluate"):
             EvaluateConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("sections", "epochs"),
+    [
+        ({}, 0),
+        ({"synthetic": {"discrete": True}}, 0),
+        ({"synthetic": {"init": "medoid"}}, 4),
+        ({"synthetic": {"init": "random"}}, 4),
+        ({"synthetic": {"learn_labels": True}}, 4),
+        ({"encoder": {"adapters": True}}, 0),
+        ({"outer": {"epochs": 2}}, 2),
+        ({"synthetic": {"init": "medoid"}, "outer": {"epochs": 0}}, 0),
+    ],
+)
+def test_outer_epochs_left_open_are_those_that_bring_something(sections, epochs):
+    config = DistillConfig.from_dict(sections)
+    assert config.outer_epochs == epochs
+    assert config.to_dict()["outer"]["epochs"] == sections.get("outer", {}).get("epochs")  # still open
 
 
 def test_configurations_are_frozen():

@@ -218,6 +218,6 @@ def test_without_steps_the_encodings_are_those_it_started_from(make_encoder, mak
     encoder = make_encoder()
     start, y_s = torch.randn(3, encoder.width), torch.eye(3)
     config = settings_of("two-stage", feature_steps=0)
-    h_s, log_temperature = optimise_encodings(make_pool(encoder, 1), start, y_s, config, lambda *_: None)
-    assert torch.equal(h_s, start)
-    assert log_temperature == Objective.initial_log_temperature
+    found = optimise_encodings(make_pool(encoder, 1), start, y_s, config, lambda *_: None)
+    assert torch.equal(found.h_s, start)
+    assert found.log_temperature == Objective.initial_log_temperature

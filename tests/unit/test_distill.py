@@ -166,7 +166,7 @@ def test_two_stages_reach_the_encodings_they_aim_at(make_encoder, make_pool):
     assert errors[-1] < 0.1 * next(e for e in errors if e is not None)
     objective = Objective(pool, config)
     h_0 = encoder.encode_embeds(start.x_s)
-    h_s, *_ = optimise_encodings(pool, h_0, start.y_s, config, lambda *_: None)
+    h_s = optimise_encodings(pool, h_0, start.y_s, config, lambda *_: None).h_s
     assert objective(h_s, start.y_s, 0.0).loss <= objective(h_0, start.y_s, 0.0).loss
 
 

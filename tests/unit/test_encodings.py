@@ -82,7 +82,7 @@ def test_blocks_take_turns(table_encoder, make_pool, start):
         assert loss != student_gradient(pool, h_s, y_s, alone, step)[0]
     config = replace(CONFIG, two_stage=replace(CONFIG.two_stage, student_steps=10))
     told = []
-    after, _ = optimise_encodings(pool, *start, config, lambda *report: told.append(report))
+    after = optimise_encodings(pool, *start, config, lambda *report: told.append(report)).h_s
     assert told[-1][1] == 20
     assert {total for _, _, total, _ in told} == {20}
     assert ((after - h_s).abs().sum(1) > 0).all()
@@ -91,7 +91,7 @@ def test_blocks_take_turns(table_encoder, make_pool, start):
 def test_students_that_nobody_has_seen_profit(graph, tags, table_encoder, make_pool, start):
     encoder, (h_s, y_s) = table_encoder(), start
     pool = make_pool(encoder, 2, architecture="sgc")
-    after, _ = optimise_encodings(pool, h_s, y_s, CONFIG, lambda *_: None)
+    after = optimise_encodings(pool, h_s, y_s, CONFIG, lambda *_: None).h_s
     real, seeds = real_rows(graph, encoder, tags), range(100, 105)
     losses = [mean_loss(*real, h, smoothed(y_s, 0.1), CONFIG, seeds) for h in (h_s, after)]
     assert losses[1] < 0.8 * losses[0]
@@ -102,7 +102,7 @@ def test_what_is_no_better_is_not_kept(table_encoder, make_pool, start):
     pool = make_pool(table_encoder(), 2, architecture="sgc")
     for settings in ({"feature_lr": 1e-9}, {"student_steps": 0}):
         config = replace(CONFIG, two_stage=replace(CONFIG.two_stage, **settings))
-        after, _ = optimise_encodings(pool, *start, config, lambda *_: None)
+        after = optimise_encodings(pool, *start, config, lambda *_: None).h_s
         assert torch.equal(after, start[0])
 
 
@@ -111,13 +111,16 @@ def test_progress_goes_on_from_the_kernel_to_the_students(table_encoder, make_po
     config = replace(
         CONFIG, kernel=KernelConfig(), two_stage=replace(CONFIG.two_stage, feature_steps=5, student_steps=6)
     )
-    optimise_encodings(pool, *start, config, lambda *report: told.append(report))
+    found = optimise_encodings(pool, *start, config, lambda *report: told.append(report))
     done = [done for _, done, _, _ in told]
     assert done[:6] == [*range(6)]
     assert done[6:-1] == [*range(6, 6 + len(done) - 7)]
     assert done[-1] == 11
     assert {(stage, total) for stage, _, total, _ in told} == {("encodings", 11)}
     assert all(metrics["val"] > 0 for _, _, _, metrics in told)
+    steps = [(record["stage"], record["step"]) for record in found.history]
+    assert steps == [("kernel", 0), ("kernel", 5), ("students", 0), ("students", len(done) - 6)]
+    assert told[5][3]["val"] == max(record["val_accuracy"] for record in found.history[:2])
 
 
 def test_smoothing_changes_nothing_that_the_kernel_predictor_chooses(table_encoder, make_pool, start):

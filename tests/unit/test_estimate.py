@@ -13,7 +13,6 @@ from talk_dist.config import DistillConfig
 from talk_dist.errors import CapacityError, ConfigError
 from talk_dist.evaluate import EvaluateConfig
 from talk_dist.models.shape import ModelShape
-from talk_dist.presets import preset
 from talk_dist.runtime import estimate
 from talk_dist.runtime.estimate import plan
 from talk_dist.runtime.shard import field_names
@@ -79,7 +78,7 @@ def test_bytes_of_the_artifact(tags, storage, soft):
 
 
 def test_more_work_costs_more(tags):
-    meta, config = tags[2].meta, preset("quick")
+    meta, config = tags[2].meta, DistillConfig()
 
     def seconds(changed, evaluation=None):
         return plan(meta, changed, MINILM, 5, evaluation).seconds(1e11)

@@ -308,7 +308,7 @@ def test_the_encodings_of_a_language_model_distil_as_its_texts_do(tmp_path, grap
     config = dataclasses.replace(config, encoder=EncoderConfig(name=f"given:{x.shape[1]}", device="cpu"))
     counts, nothing = class_counts(texts.tag, 6), lambda *_: None
     centres = torch.from_numpy(class_centres(sample_for(texts, counts, 0), counts, 0))
-    truth, *_ = optimise_encodings(texts, centres, one_hot_labels(counts), config, nothing)
+    truth = optimise_encodings(texts, centres, one_hot_labels(counts), config, nothing).h_s
     nodes, edges = with_encodings(graph, x)
     tag = prepare(from_arrow(nodes, edges), tmp_path / "tag", halo_hops=2, method="hash")
     given = GivenEncoder(config.encoder)
@@ -342,7 +342,7 @@ def test_from_tables_to_a_table_on_the_command_line(told, tmp_path, graph, featu
     options = ["--encoder.name", "given:8", "--synthetic.tokens", "1", "--synthetic.size", "6"]
     out, _ = told("estimate", data, *options)
     assert "encodings" in out
-    options += ["--preset", "quick", "--evaluation.seeds", "1", "--evaluation.recipe.passes", "20"]
+    options += ["--evaluation.seeds", "1", "--evaluation.recipe.passes", "20"]
     out, _ = told("distill", "--data", data, "--out", run, *options, "--evaluate", "true")
     assert "% of the training encodings" in out
     card = (run / "synthetic" / "README.md").read_text()

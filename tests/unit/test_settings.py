@@ -11,7 +11,7 @@ from talk_dist.config import DistillConfig
 from talk_dist.presets import preset
 
 
-@pytest.mark.parametrize("name", ["default", "quick", "paper"])
+@pytest.mark.parametrize("name", ["default", "paper"])
 def test_printed_settings_are_read_back_the_same(name, told, tmp_path):
     arguments = ["--preset", name, "--outer.lr", "0.002", "--encoder.targets", "query,value", "--seed", "5"]
     printed, _ = told("distill", *arguments, "--print_config")
@@ -82,7 +82,7 @@ def test_values_out_of_range_are_named_where_they_were_set(told):
         (["distill", "--data"], "--data: a value is missing"),
         (["distill", "--data", "--out", "x"], "--data: a value is missing"),
         (["distill", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        (["distill", "--preset", "fast"], "unknown preset 'fast'; one of default, quick, paper"),
+        (["distill", "--preset", "fast"], "unknown preset 'fast'; one of default, paper"),
         (["prepare", "nodes.csv"], "--out"),
         (["prepare", "--out", "x"], "give a node table"),
         (["prepare", "nodes.csv", "--packages", "torch", "--out", "x"], "one of them"),
