@@ -18,7 +18,7 @@ from talk_dist.config import DistillConfig
 from talk_dist.models.gnn import Student
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback, Callbacks
-from talk_dist.runtime.checkpoint import Checkpoint, DistillState, OuterOptimizer
+from talk_dist.runtime.checkpoint import Checkpoint, DistillState, OuterOptimizer, Starting
 from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.runtime.teacher import RealSide
@@ -37,19 +37,19 @@ def distill(
 ) -> SyntheticTAG:
     """Distil the graph behind ``pool`` into a synthetic TAG: the one that validated best.
 
-    With ``checkpoint`` every outer epoch is saved, and a run that was cut off goes on from the last one to
-    the same result. The test split is never read. Raises ConfigError and NotPSDError.
+    With ``checkpoint`` every outer epoch is saved, and the start as it comes along; a run that was cut off
+    goes on from there to the same result. The test split is never read. Raises ConfigError and NotPSDError.
     """
     tell = Callbacks(callbacks)
     objective, real = Objective(pool, config), RealSide(pool, config)
     state = checkpoint.load() if checkpoint else None
     if state is None:
-        started = time.monotonic()
+        starting = Starting(checkpoint)
         encoder.reset_adapters(config.seed)
         real.encode(encoder, tell.progress)
-        start = initialise(real, encoder, config, tell.progress)
+        start = initialise(real, encoder, config, tell.progress, starting)
         state = DistillState(start.x_s, start.y_s, torch.tensor(start.log_temperature, dtype=torch.float64))
-        state.start_seconds, state.start_history = time.monotonic() - started, start.history
+        state.start_seconds, state.start_history = starting.seconds, start.history
         if checkpoint:
             checkpoint.save(state)
 

@@ -72,8 +72,9 @@ class Distill:
         call.stop.advice = lambda: self._advice(call, checkpoint)
         log = JsonLines(folder.path("log.jsonl"), saved.history if saved else (), folder.guard)
         log.write()
-        if saved:
-            print(f"going on with what {path} holds: {_epochs(saved.epoch)}")
+        held = _held(checkpoint)
+        if held:
+            print(f"going on with what {path} holds: {held}")
         call.lap("prepare")
         synthetic = distill(pool, encoder, config, [call.stop, lines, log, *where.callbacks], checkpoint)
         about = {"command": call.command, "readings": readings(synthetic, encoder)}
@@ -91,10 +92,10 @@ class Distill:
     def _advice(self, call: Call, checkpoint: Checkpoint) -> str:
         again = ["talk-dist", *without(call.arguments, "resume")]
         try:
-            saved = Checkpoint(checkpoint.path, checkpoint.identity).load()
+            held = _held(Checkpoint(checkpoint.path, checkpoint.identity))
         except (TalkDistError, OSError):  # of another run, which `--resume never` was about to replace, or out of reach
-            saved = None
-        done = f"{checkpoint.path} holds {_epochs(saved.epoch)}" if saved else "Nothing is saved yet"
+            held = ""
+        done = f"{checkpoint.path} holds {held}" if held else "Nothing is saved yet"
         return f"{done}; go on with:\n  {shlex.join(again)}"
 
     def _open(
@@ -208,8 +209,11 @@ def _evaluate(
     print(f"seconds     {took}")
 
 
-def _epochs(finished: int) -> str:
-    """What a state holds, counted as `outer.epochs` counts: the first that finishes is the start itself."""
-    if finished < 2:
-        return "the start" if finished else "the start, not yet validated"
-    return f"the start and {finished - 1} epoch{'s' if finished > 2 else ''}"
+def _held(checkpoint: Checkpoint) -> str:
+    """What it holds, counted as `outer.epochs` counts: the first that finishes is the start itself; or nothing."""
+    state = checkpoint.load()
+    if state is None:
+        return "a part of the start" if checkpoint.load_start() else ""
+    if state.epoch < 2:
+        return "the start" if state.epoch else "the start, not yet validated"
+    return f"the start and {state.epoch - 1} epoch{'s' if state.epoch > 2 else ''}"

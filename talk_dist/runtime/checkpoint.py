@@ -1,13 +1,14 @@
 """The state of a distillation, published atomically as one safetensors file: tensors, and JSON in its header.
 
-Every random choice is a function of (seed, epoch), so a run that goes on from here gives the result of one
-that was never interrupted, to the bit.
+Every random choice is a function of (seed, epoch) or (seed, step), so a run that goes on from here gives the result of
+one that was never interrupted, to the bit. As long as the start is being made the file holds how far that has come.
 """
 
 from __future__ import annotations
 
 import json
 import reprlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,8 +52,20 @@ class DistillState:
         return True
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How far a start has come: its stage, the tensors and the facts with which that stage goes on, and the seconds
+    that it took."""
+
+    stage: str
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    seconds: float
+
+
 class Checkpoint:
-    """``path`` holds the last finished epoch of the run that ``identity`` (config, data hash) describes.
+    """``path`` holds the last finished epoch of the run that ``identity`` (config, data hash) describes, or its
+    unfinished start.
 
     ``guard`` is called before every save, and raises where this run must not write any more.
     """
@@ -70,20 +83,47 @@ class Checkpoint:
             tensors["best.x_s"], tensors["best.y_s"] = state.best
         tensors |= {f"optimizer.{name}": value for name, value in state.optimizer.items()}
         names = ("epoch", "best_accuracy", "best_epoch", "history", "start_seconds", "start_history")
-        scalars = {name: getattr(state, name) for name in names}
-        metadata = {"state": json.dumps(scalars), "identity": json.dumps(self.identity)}
+        self._write("state", tensors, {name: getattr(state, name) for name in names})
+
+    def save_start(self, standing: Standing) -> None:
+        """Publish how far the start has come, in the place of any state. Raises what the guard raises."""
+        facts = {"stage": standing.stage, "facts": standing.facts, "seconds": standing.seconds}
+        self._write("start", standing.tensors, facts)
+
+    def load(self) -> DistillState | None:
+        """The saved state, or None where there is none, the start is unfinished, or `resume` is off.
+
+        Raises ConfigError if it belongs to another configuration or data set, DataError if it cannot be read.
+        """
+        tensors, header = self._read()
+        if "state" not in header:
+            return None
+        best = (tensors.pop("best.x_s"), tensors.pop("best.y_s")) if "best.x_s" in tensors else None
+        optimizer = {name[10:]: value for name, value in tensors.items() if name.startswith("optimizer.")}
+        return DistillState(
+            tensors["x_s"],
+            tensors["y_s"],
+            tensors["log_temperature"],
+            best=best,
+            optimizer=optimizer,
+            **json.loads(header["state"]),
+        )
+
+    def load_start(self) -> Standing | None:
+        """How far an unfinished start has come. Raises as `load` does."""
+        tensors, header = self._read()
+        return Standing(tensors=tensors, **json.loads(header["start"])) if "start" in header else None
+
+    def _write(self, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        metadata = {kind: json.dumps(facts), "identity": json.dumps(self.identity)}
         data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         if self.guard:
             self.guard()
         storage.write_atomic(self.path, save_safetensors(data, metadata))
 
-    def load(self) -> DistillState | None:
-        """The saved state, or None where there is none or `resume` is off.
-
-        Raises ConfigError if it belongs to another configuration or data set, DataError if it cannot be read.
-        """
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not self.resume or not storage.exists(self.path):
-            return None
+            return {}, {}
         data = storage.read_bytes(self.path)
         try:
             tensors = load_safetensors(data)
@@ -96,16 +136,36 @@ class Checkpoint:
                 f"{self.path} belongs to another run ({'; '.join(changed)}); "
                 "pass --resume never to start over, or choose another --out"
             )
-        best = (tensors.pop("best.x_s"), tensors.pop("best.y_s")) if "best.x_s" in tensors else None
-        optimizer = {name[10:]: value for name, value in tensors.items() if name.startswith("optimizer.")}
-        return DistillState(
-            tensors["x_s"],
-            tensors["y_s"],
-            tensors["log_temperature"],
-            best=best,
-            optimizer=optimizer,
-            **json.loads(header["state"]),
-        )
+        return tensors, header
+
+
+class Starting:
+    """The start on its way; ``saved`` is what one that was cut off had come to. Without a checkpoint none is."""
+
+    SHARE = 0.1  # of a start's time that saving may take: what comes sooner is left out
+
+    def __init__(self, checkpoint: Checkpoint | None = None):
+        self._checkpoint = checkpoint
+        self.saved = checkpoint.load_start() if checkpoint else None
+        self._began = time.monotonic() - (self.saved.seconds if self.saved else 0.0)
+        self._spent = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since it began, in whichever processes."""
+        return time.monotonic() - self._began
+
+    def at(self, stage: str) -> Standing | None:
+        """What was saved, if it was in this stage."""
+        return self.saved if self.saved and self.saved.stage == stage else None
+
+    def save(self, stage: str, tensors: dict[str, Tensor], **facts: Any) -> None:
+        """Raises what the checkpoint's guard raises."""
+        if self._checkpoint is None or self._spent > self.SHARE * self.seconds:
+            return
+        before = self.seconds
+        self._checkpoint.save_start(Standing(stage, tensors, facts, before))
+        self._spent += self.seconds - before
 
 
 def differences(saved: Any, current: Any, where: str = "") -> list[str]:
@@ -129,14 +189,7 @@ class OuterOptimizer:
                 for p, rate in zip(self.parameters, rates, strict=True)
             ]
         )
-        for index, p in enumerate(self.parameters):
-            saved = {
-                key: state.optimizer[f"{index}.{key}"]
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{index}.{key}" in state.optimizer
-            }
-            if saved:
-                self.adamw.state[p] = saved
+        restore_moments(self.adamw, state.optimizer)
 
     def step(self, d_xs: Tensor, d_ys: Tensor | None, d_log_temperature: float) -> None:
         """One step; ``d_ys`` None leaves the labels alone."""
@@ -146,8 +199,20 @@ class OuterOptimizer:
         self.adamw.step()
         for p in self.parameters:
             p.grad = None
-        self.state.optimizer = {
-            f"{index}.{key}": value
-            for index, p in enumerate(self.parameters)
-            for key, value in self.adamw.state.get(p, {}).items()
+        self.state.optimizer = moments(self.adamw)
+
+
+def moments(adam: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What Adam knows of each of its parameters, as `index.name`."""
+    known = (adam.state.get(p, {}) for group in adam.param_groups for p in group["params"])
+    return {f"{index}.{name}": value for index, own in enumerate(known) for name, value in own.items()}
+
+
+def restore_moments(adam: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
+    """What `moments` gave, among other tensors."""
+    for index, p in enumerate(p for group in adam.param_groups for p in group["params"]):
+        own = {
+            name: saved[f"{index}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{index}.{name}" in saved
         }
+        if own:
+            adam.state[p] = own

@@ -21,6 +21,7 @@ from talk_dist.models.inner import fit_encodings, smoothed
 from talk_dist.models.protocol import Report
 from talk_dist.models.unrolled import Unrolled
 from talk_dist.runtime.boundary import LossSpec, StudentState
+from talk_dist.runtime.checkpoint import Starting, moments, restore_moments
 from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool
 
@@ -35,19 +36,31 @@ class Optimised:
     history: list[dict[str, Any]]
 
 
-def optimise_encodings(pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report) -> Optimised:
-    """From ``start`` (M, d) with one-hot labels ``y_s`` (M, C).
+def optimise_encodings(
+    pool: ShardPool,
+    start: Tensor,
+    y_s: Tensor,
+    config: DistillConfig,
+    report: Report,
+    starting: Starting | None = None,
+) -> Optimised:
+    """From ``start`` (M, d) with one-hot labels ``y_s`` (M, C); goes on from what ``starting`` has saved.
 
     Students learn labels that `synthetic.label_smoothing` softens. Raises ConfigError if their training diverges.
     """
-    found = _against_the_kernel(pool, start, y_s, config, report)
-    return _through_students(pool, found, y_s, config, report) if config.two_stage.student_steps else found
+    starting = starting or Starting()
+    cut_off = starting.at("students")
+    if cut_off:
+        found = Optimised(cut_off.tensors["start"], cut_off.facts["log_temperature"], cut_off.facts["history"])
+    else:
+        found = _against_the_kernel(pool, start, y_s, config, report, starting)
+    return _through_students(pool, found, y_s, config, report, starting) if config.two_stage.student_steps else found
 
 
 def _against_the_kernel(
-    pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report
+    pool: ShardPool, start: Tensor, y_s: Tensor, config: DistillConfig, report: Report, starting: Starting
 ) -> Optimised:
-    settings, objective = config.two_stage, Objective(pool, config)
+    settings, objective, saved = config.two_stage, Objective(pool, config), starting.at("kernel")
     h_s = start.clone().requires_grad_()
     log_temperature = torch.tensor(Objective.initial_log_temperature, dtype=torch.float64, requires_grad=True)
     scale = float(start.pow(2).mean().sqrt())
@@ -57,46 +70,67 @@ def _against_the_kernel(
             {"params": [log_temperature], "lr": config.outer.temperature_lr},
         ]
     )
-    best, best_accuracy, krr_accuracy = (h_s.detach().clone(), log_temperature.item()), -1.0, 0.0
-    history: list[dict[str, Any]] = []
+    history: list[dict[str, Any]] = saved.facts["history"] if saved else []
+    first, best, best_accuracy, krr_accuracy = 0, Optimised(start, log_temperature.item(), history), -1.0, 0.0
+    if saved:
+        first, best_accuracy = saved.facts["step"], saved.facts["best_accuracy"]
+        best = Optimised(saved.tensors["best"], saved.facts["best_log_temperature"], history)
+        with torch.no_grad():
+            h_s.copy_(saved.tensors["h_s"])
+            log_temperature.copy_(saved.tensors["log_temperature"])
+        restore_moments(optimizer, saved.tensors)
     total = settings.feature_steps + settings.student_steps * config.kernel.blocks(len(start))
-    for step in range(settings.feature_steps + 1):
+    for step in range(first, settings.feature_steps + 1):
         if step % settings.validate_every == 0 or step == settings.feature_steps:
+            tensors = {"h_s": h_s, "log_temperature": log_temperature, "best": best.h_s} | moments(optimizer)
+            facts = {"best_accuracy": best_accuracy, "best_log_temperature": best.log_temperature}
+            starting.save("kernel", tensors, step=step, history=history, **facts)
             krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
             val_accuracy = judged(pool, h_s.detach(), y_s, config, 1)
             history.append(_record("kernel", step, val_accuracy, krr_accuracy))
             if val_accuracy > best_accuracy:
-                best, best_accuracy = (h_s.detach().clone(), log_temperature.item()), val_accuracy
+                best = Optimised(h_s.detach().clone(), log_temperature.item(), history)
+                best_accuracy = val_accuracy
         gradient = objective(h_s.detach(), y_s, log_temperature.item(), step)
         facts = {"loss": gradient.loss, "val": best_accuracy, "krr_val": krr_accuracy}
         report("encodings", step, total, facts)
         h_s.grad = gradient.d_hs.to(h_s)
         log_temperature.grad = torch.tensor(gradient.d_log_temperature, dtype=torch.float64)
         optimizer.step()
-    return Optimised(*best, history)
+    return best
 
 
 def _through_students(
-    pool: ShardPool, found: Optimised, y_s: Tensor, config: DistillConfig, report: Report
+    pool: ShardPool, found: Optimised, y_s: Tensor, config: DistillConfig, report: Report, starting: Starting
 ) -> Optimised:
     """Nothing is kept that does not validate half a standard error better than what was ``found``, and the first
-    validation that is no better than its own is the last. Blocks take turns: each has an optimizer of its own, and
-    `two_stage.student_steps` steps."""
-    start, history = found.h_s, list(found.history)
+    validation that is no better than its own is the last. Blocks take turns: each has `two_stage.student_steps` steps,
+    and moments of its own."""
     settings, objective, num_val = config.two_stage, Objective(pool, config), pool.tag.meta["split_sizes"]["val"]
+    start, history, saved = found.h_s, found.history, starting.at("students")
     blocks, size = config.kernel.blocks(len(start)), float(start.pow(2).mean().sqrt())
     steps, every = settings.student_steps * blocks, settings.validate_every * blocks
-    h_s = start.clone()
+    h_s = saved.tensors["h_s"] if saved else start.clone()
     nodes = [h_s[block::blocks].clone().requires_grad_() for block in range(blocks)]
-    optimizers = [torch.optim.Adam([own], lr=settings.feature_lr * size) for own in nodes]
-    best, first = start, judged(pool, start, y_s, config, settings.judges)
-    needed = first + 0.5 * math.sqrt(first * (1 - first) / num_val)
-    facts = {"val": first, "krr_val": accuracy(objective.krr_counts(start, y_s, "val"))}
-    history.append(_record("students", 0, first, facts["krr_val"]))
-    for step in range(steps):
+    optimizer = torch.optim.Adam(nodes, lr=settings.feature_lr * size)
+    if saved:
+        best, facts = saved.tensors["best"], saved.facts["told"]
+        begun, first, needed = (saved.facts[name] for name in ("step", "first", "needed"))
+        restore_moments(optimizer, saved.tensors)
+    else:
+        best, begun, first = start.clone(), 0, judged(pool, start, y_s, config, settings.judges)
+        needed = first + 0.5 * math.sqrt(first * (1 - first) / num_val)
+        facts = {"val": first, "krr_val": accuracy(objective.krr_counts(start, y_s, "val"))}
+        history.append(_record("students", 0, first, facts["krr_val"]))
+    for step in range(begun, steps):
+        if step % every == 0:
+            tensors = {"start": start, "h_s": h_s, "best": best} | moments(optimizer)
+            where = {"step": step, "first": first, "needed": needed, "told": facts}
+            starting.save("students", tensors, log_temperature=found.log_temperature, history=history, **where)
         block = step % blocks
         facts["loss"], nodes[block].grad = student_gradient(pool, h_s, y_s, config, step)
-        optimizers[block].step()
+        optimizer.step()
+        nodes[block].grad = None  # the others stay where they are until it is their turn
         h_s[block::blocks] = nodes[block].detach()
         over = step + 1 == steps
         if over or (step + 1) % every == 0:
@@ -110,7 +144,7 @@ def _through_students(
         report("encodings", done, settings.feature_steps + steps, facts)
         if over:
             break
-    return replace(found, h_s=best, history=history)
+    return replace(found, h_s=best)
 
 
 def _record(stage: str, step: int, val_accuracy: float, krr_val_accuracy: float) -> dict[str, Any]:

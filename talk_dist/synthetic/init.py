@@ -6,6 +6,7 @@ least-squares fit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +19,18 @@ from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.errors import ConfigError
 from talk_dist.models.inner import one_hot, smoothed
 from talk_dist.models.protocol import Encoder, Report
+from talk_dist.runtime.checkpoint import Starting
 from talk_dist.runtime.outer import Objective
 from talk_dist.runtime.pool import ShardPool, TrainSample
 from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
 from talk_dist.synthetic.discrete import framed, invert_tokens
-from talk_dist.synthetic.encodings import optimise_encodings
+from talk_dist.synthetic.encodings import Optimised, optimise_encodings
 from talk_dist.synthetic.invert import invert
 
 TOGETHER = 512  # synthetic nodes inverted side by side: their histories are what it costs
+Told = Callable[[str, int, dict[str, float]], None]
+"""(stage, step, metrics) of a group of nodes."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,15 @@ def one_hot_labels(counts: np.ndarray) -> Tensor:
     return one_hot(np.repeat(np.arange(len(counts)), counts), len(counts))
 
 
-def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: Report) -> Start:
-    """Start as `config.synthetic.init` says; the real side must be encoded.
+def initialise(
+    real: RealSide, encoder: Encoder, config: DistillConfig, report: Report, starting: Starting | None = None
+) -> Start:
+    """Start as `config.synthetic.init` says; the real side must be encoded. Goes on from what ``starting`` has saved.
 
     A graph that brings encodings has no texts to choose: two stages end with the first, and the others start from the
     propagated encodings P^2 H of the chosen rows.
     """
-    pool = real.pool
+    pool, starting = real.pool, starting or Starting()
     counts = class_counts(pool.tag, config.synthetic.size)
     classes, blocks = one_hot_labels(counts), config.kernel.blocks(int(counts.sum()))
     y_s = smoothed(classes, config.synthetic.label_smoothing)
@@ -73,10 +79,24 @@ def initialise(real: RealSide, encoder: Encoder, config: DistillConfig, report: 
         else:
             x_s = embed(encoder, choose(pool, sample, counts, how, config), config.synthetic.tokens)
         return Start(x_s, y_s, Objective.initial_log_temperature)
-    texts = None if given else choose(pool, sample, counts, how, config)
-    start = torch.from_numpy(class_centres(sample, counts, config.seed, blocks))
-    found = optimise_encodings(pool, start, classes, config, report)
-    x_s = found.h_s[:, None] if texts is None else fit_texts(encoder, texts, found.h_s, config, report)
+    cut_off = starting.at("tokens")
+    if cut_off:
+        found = Optimised(cut_off.tensors["h_s"], **cut_off.facts)
+    else:
+        start = torch.from_numpy(class_centres(sample, counts, config.seed, blocks))
+        found = optimise_encodings(pool, start, classes, config, report, starting)
+    if given:
+        return Start(found.h_s[:, None], y_s, found.log_temperature, found.history)
+
+    def save(**fitted: Tensor) -> None:
+        facts = {"log_temperature": found.log_temperature, "history": found.history}
+        starting.save("tokens", {"h_s": found.h_s, **fitted}, **facts)
+
+    done = cut_off.tensors.get("x_s") if cut_off else None
+    if cut_off is None:
+        save()
+    texts = choose(pool, sample, counts, how, config)
+    x_s = fit_texts(encoder, texts, found.h_s, config, report, done, lambda x_s: save(x_s=x_s))
     return Start(x_s, y_s, found.log_temperature, found.history)
 
 
@@ -95,42 +115,57 @@ def embed(encoder: Encoder, tokens: TokenLists, length: int) -> Tensor:
     return encoder.token_table[torch.from_numpy(ids).long().to(encoder.device)].cpu().clone()
 
 
-def fit_texts(encoder: Encoder, texts: TokenLists, h_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
+def fit_texts(
+    encoder: Encoder,
+    texts: TokenLists,
+    h_s: Tensor,
+    config: DistillConfig,
+    report: Report,
+    done: Tensor | None = None,
+    save: Callable[[Tensor], None] = lambda x_s: None,
+) -> Tensor:
     """Stage two: token embeddings (M, T, d_tok), from M texts, whose encodings are ``h_s`` (M, d), or, of real tokens,
-    point where they do."""
+    point where they do. The first (m, T, d_tok) may be ``done``; ``save`` gets what is, now and then."""
     length = config.synthetic.tokens
-    if not config.synthetic.discrete:
-        return fit_tokens(encoder, embed(encoder, texts, length), h_s, config, report)
-    ids, free = framed(texts, length, encoder.tokenizer)
-    words, steps, found = torch.from_numpy(encoder.tokenizer.words), config.two_stage.discrete_steps, []
-    own = [torch.Generator().manual_seed(config.seed * len(ids) + node) for node in range(len(ids))]
-    for start in range(0, len(ids), TOGETHER):
+    if config.synthetic.discrete:
+        ids, free = framed(texts, length, encoder.tokenizer)
+        words, table = torch.from_numpy(encoder.tokenizer.words), encoder.token_table.cpu()
+        steps, at_once = config.two_stage.discrete_steps, config.outer.inject_batch
 
-        def tell(step: int, distances: Tensor, done: int = start // TOGETHER * steps) -> None:
-            report("words", done + step, steps * -(-len(ids) // TOGETHER), {"cosine": 1 - float(distances.mean()) / 2})
+        def fit(rows: slice, told: Told) -> Tensor:
+            def tell(step: int, distances: Tensor) -> None:
+                told("words", step, {"cosine": 1 - float(distances.mean()) / 2})
 
-        rows = slice(start, start + TOGETHER)
-        at_once = config.outer.inject_batch
-        found.append(invert_tokens(encoder, ids[rows], h_s[rows], words, free, steps, own[rows], at_once, tell))
-    return encoder.token_table.cpu()[torch.cat(found)]
+            own = [torch.Generator().manual_seed(config.seed * len(ids) + node) for node in range(len(ids))[rows]]
+            return table[invert_tokens(encoder, ids[rows], h_s[rows], words, free, steps, own, at_once, tell)]
+    else:
+        x_s, steps = embed(encoder, texts, length), config.two_stage.token_steps
 
+        def fit(rows: slice, told: Told) -> Tensor:
+            return fit_tokens(encoder, x_s[rows], h_s[rows], config, told)
 
-def fit_tokens(encoder: Encoder, x_s: Tensor, h_s: Tensor, config: DistillConfig, report: Report) -> Tensor:
-    """Stage two: the token embeddings (M, T, d_tok), from ``x_s``, whose encodings are ``h_s`` (M, d): `invert`."""
-    settings, shape, size = config.two_stage, x_s.shape[1:], h_s.double().pow(2).sum(1)
-    found = []
-    for start in range(0, len(x_s), TOGETHER):
-        rows = slice(start, start + TOGETHER)
+    found = [] if done is None else [done]
+    groups = -(-len(h_s) // TOGETHER)
+    for group in range(-(-sum(map(len, found)) // TOGETHER), groups):
 
-        def residual(x: Tensor, nodes: Tensor, wanted: Tensor = h_s[rows]) -> tuple[Tensor, Tensor]:
-            distances, gradients = encoder.residual(x.view(-1, *shape), wanted[nodes], config.outer.inject_batch)
-            return distances, gradients.flatten(1)
+        def told(stage: str, step: int, facts: dict[str, float], before: int = group * steps) -> None:
+            report(stage, before + step, groups * steps, facts)
 
-        def tell(step: int, distances: Tensor, done: int = start, all_of: Tensor = size[rows]) -> None:
-            error = float(distances.double().sum() / all_of.sum())
-            total = settings.token_steps * -(-len(x_s) // TOGETHER)
-            report("tokens", done // TOGETHER * settings.token_steps + step, total, {"relative_error": error})
-
-        goal = settings.token_error * size[rows].float()
-        found.append(invert(residual, x_s[rows].flatten(1), settings.token_steps, goal, tell).view(-1, *shape))
+        found.append(fit(slice(group * TOGETHER, (group + 1) * TOGETHER), told))
+        save(torch.cat(found))
     return torch.cat(found)
+
+
+def fit_tokens(encoder: Encoder, x_s: Tensor, h_s: Tensor, config: DistillConfig, told: Told) -> Tensor:
+    """The token embeddings (m, T, d_tok), from ``x_s``, whose encodings are ``h_s`` (m, d): `invert`."""
+    settings, shape, size = config.two_stage, x_s.shape[1:], h_s.double().pow(2).sum(1)
+
+    def residual(x: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        distances, gradients = encoder.residual(x.view(-1, *shape), h_s[nodes], config.outer.inject_batch)
+        return distances, gradients.flatten(1)
+
+    def tell(step: int, distances: Tensor) -> None:
+        told("tokens", step, {"relative_error": float(distances.double().sum() / size.sum())})
+
+    goal = settings.token_error * size.float()
+    return invert(residual, x_s.flatten(1), settings.token_steps, goal, tell).view(-1, *shape)

@@ -1,5 +1,6 @@
 """Stage one through students: its gradient against the dense whole, and what it keeps."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings, smoothed
 from talk_dist.models.unrolled import Unrolled
 from talk_dist.runtime.outer import Objective
+from talk_dist.synthetic import encodings
 from talk_dist.synthetic.encodings import optimise_encodings, student_gradient
 
 M, CLASSES = 24, 3
@@ -71,7 +73,7 @@ def test_gradient_is_that_of_the_dense_whole(graph, tags, table_encoder, make_po
         torch.testing.assert_close(d_hs, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_blocks_take_turns(table_encoder, make_pool, start):
+def test_blocks_take_turns(table_encoder, make_pool, start, monkeypatch):
     """A step's gradient is of one block's nodes, and after as many steps as there are blocks all have moved."""
     h_s, y_s = start
     pool = make_pool(table_encoder(), 2, architecture="sgc")
@@ -81,11 +83,19 @@ def test_blocks_take_turns(table_encoder, make_pool, start):
         assert gradient.shape == (12, 8)
         assert loss != student_gradient(pool, h_s, y_s, alone, step)[0]
     config = replace(CONFIG, two_stage=replace(CONFIG.two_stage, student_steps=10))
-    told = []
+    told, seen, gradient_of = [], [], encodings.student_gradient
+
+    def noted(pool, now, *others):
+        seen.append(now.clone())
+        return gradient_of(pool, now, *others)
+
+    monkeypatch.setattr(encodings, "student_gradient", noted)
     after = optimise_encodings(pool, *start, config, lambda *report: told.append(report)).h_s
     assert told[-1][1] == 20
     assert {total for _, _, total, _ in told} == {20}
     assert ((after - h_s).abs().sum(1) > 0).all()
+    moved = [(two - one).abs().sum(1) > 0 for one, two in itertools.pairwise(seen)]
+    assert all(rows.tolist() == [node % 2 == step % 2 for node in range(M)] for step, rows in enumerate(moved))
 
 
 def test_students_that_nobody_has_seen_profit(graph, tags, table_encoder, make_pool, start):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from talk_dist.config import DistillConfig
-from talk_dist.synthetic.init import fit_tokens
+from talk_dist.config import DistillConfig, SyntheticConfig
+from talk_dist.data.tag import TokenLists
+from talk_dist.synthetic.init import fit_texts
 from talk_dist.synthetic.invert import invert
 
 
@@ -92,9 +94,14 @@ def test_tokens_that_produce_given_encodings(make_encoder, monkeypatch, together
 
     monkeypatch.setattr(init, "TOGETHER", together)
     encoder, generator = make_encoder(), torch.Generator().manual_seed(3)
-    start, other = (torch.randn(5, 6, 32, generator=generator) for _ in range(2))
-    wanted, config, reports = encoder.encode_embeds(other), DistillConfig(), []
-    found = fit_tokens(encoder, start, wanted, config, lambda *report: reports.append(report))
+    texts = TokenLists(np.arange(0, 31, 6), torch.randint(5, 40, (30,), generator=generator).int().numpy())
+    wanted = encoder.encode_embeds(torch.randn(5, 6, 32, generator=generator))
+    config, reports, saved = DistillConfig(synthetic=SyntheticConfig(tokens=6)), [], []
+    found = fit_texts(encoder, texts, wanted, config, lambda *report: reports.append(report), save=saved.append)
+    assert [len(x_s) for x_s in saved] == ([2, 4, 5] if together == 2 else [5])
+    for done in saved:
+        again = fit_texts(encoder, texts, wanted, config, lambda *_: None, done)
+        assert again.equal(found)
     error = (encoder.encode_embeds(found) - wanted).square().sum(1) / wanted.square().sum(1)
     assert error.max() <= config.two_stage.token_error
     assert reports[-1][1] == reports[-1][2]
