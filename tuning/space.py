@@ -163,13 +163,14 @@ def configured(base: DistillConfig, point: Mapping[str, Value]) -> DistillConfig
     return DistillConfig.from_dict(tree)
 
 
-def point_of(space: list[Parameter], config: DistillConfig) -> dict[str, Value]:
-    """Where ``config`` lies in the space, for a start-up trial: values outside are moved to the nearest inside."""
+def point_of(space: list[Parameter], config: DistillConfig, base: DistillConfig) -> dict[str, Value]:
+    """Where ``config`` lies in the space of a sweep over ``base``, for a start-up trial: all that `suggest` asks for
+    there; values outside are moved to the nearest inside."""
+    values = settings(config)
     point: dict[str, Value] = {}
     for parameter in space:
-        known = settings(configured(config, point))
-        if active(parameter, known):
-            value = known[parameter.key]
+        if active(parameter, settings(configured(base, point))):
+            value = values[parameter.key]
             if not parameter.holds(value):
                 value = parameter.choices[0] if parameter.choices else min(max(value, parameter.low), parameter.high)
             point[parameter.key] = value

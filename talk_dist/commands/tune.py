@@ -135,7 +135,7 @@ class Tune:
             storage.write_atomic(folder.path(SPACE), yaml.safe_dump(own, sort_keys=False).encode())
         again = shlex.join(["talk-dist", "tune", "--out", self.out, "--resume", self.name])
         call.stop.advice = lambda: f"{len(study.ended)} trials are done; go on with:\n  {again}"
-        presets = [{"kernel.ridge": start.kernel.ridge, **point_of(space, start)} for start in (base, preset())]
+        presets = [{"kernel.ridge": start.kernel.ridge, **point_of(space, start, base)} for start in (base, preset())]
         presets = presets[:1] if presets[0] == presets[1] else presets
         study.enqueue(presets)
         with open_session(base) as session:

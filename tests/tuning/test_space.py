@@ -6,11 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from optuna.trial import FixedTrial
 
 from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
 from talk_dist.presets import preset
-from tuning.space import Nearby, Parameter, active, configured, default_space, leaves, point_of, read_space, suggest
+from tuning.space import Nearby, Parameter, configured, default_space, leaves, point_of, read_space, suggest
 
 
 def anywhere(seed):
@@ -30,15 +31,15 @@ def test_every_point_is_a_configuration_that_differs_there_alone(adapters):
         assert ("two_stage.token_steps" in point) == (point["synthetic.init"] == "two-stage")
 
 
+@pytest.mark.parametrize("changed", [{}, {"encoder.adapters": True}, {"outer.epochs": 2}, {"outer.epochs": 0}])
 @pytest.mark.parametrize("name", ["default", "paper"])
-def test_the_presets_lie_in_the_space_or_next_to_it(name):
-    space = default_space()
-    point = point_of(space, preset(name))
-    known = dict(leaves(configured(preset(name), point).to_dict()))
+def test_the_presets_lie_in_the_space_or_next_to_it(name, changed):
+    """Of whatever sweep: a start-up trial leaves nothing to chance."""
+    space, base = default_space(), configured(preset(), changed)
+    point = point_of(space, preset(name), base)
+    assert suggest(space, FixedTrial(point), base) == point
     for parameter in space:
-        assert (parameter.key in point) == active(parameter, known)
-        if parameter.key in point:
-            assert parameter.holds(point[parameter.key])
+        assert parameter.key not in point or parameter.holds(point[parameter.key])
     assert point["kernel.ridge"] == max(preset(name).kernel.ridge, 1e-4)
 
 
@@ -108,13 +109,13 @@ def test_all_problems_are_told_at_once():
 def test_a_point_can_be_read_back():
     base = DistillConfig()
     point = suggest(default_space(), anywhere(3), base)
-    assert point_of(default_space(), configured(base, point)) == point
+    assert point_of(default_space(), configured(base, point), base) == point
     assert dataclasses.asdict(configured(base, point)) == configured(base, point).to_dict()
 
 
 def test_points_nearby_change_a_few_settings_within_their_ranges():
     base, space = DistillConfig(), default_space()
-    start = point_of(space, base)
+    start = point_of(space, base, base)
     assert suggest(space, Nearby(start, np.random.default_rng(0), change=0.0), base) == start
     shares = []
     for seed in range(100):

@@ -48,7 +48,7 @@ def sweep(path, sampler, chance, monkeypatch, seed=0):
     monkeypatch.setattr(study_module, "suggest", mortal)
     while True:
         study = open_study(str(path), "s", {"data hash": "x"}, SPACE, BASE, Strategy(sampler, seed=3))
-        study.enqueue([point_of(SPACE, BASE)])
+        study.enqueue([point_of(SPACE, BASE, BASE)])
         try:
             while asked := study.ask(TRIALS):
                 number, point = asked
@@ -81,7 +81,7 @@ def test_kills_change_nothing(tmp_path, monkeypatch, sampler):
     states = {trial.state for trial in whole.trials()}
     assert states == {TrialState.COMPLETE, TrialState.PRUNED}
     assert len(whole.trials()) == TRIALS
-    assert whole.trials()[0].params == point_of(SPACE, BASE)
+    assert whole.trials()[0].params == point_of(SPACE, BASE, BASE)
 
 
 def test_another_sweep_under_the_same_name_is_refused_with_both_hashes(tmp_path):
@@ -120,7 +120,7 @@ def test_a_rung_lets_the_better_half_go_on_and_other_steps_everybody(tmp_path):
 
 def test_what_was_enqueued_is_never_stopped(tmp_path):
     study = open_study(str(tmp_path / "s.journal"), "s", {}, SPACE, BASE)
-    study.enqueue([point_of(SPACE, BASE)])
+    study.enqueue([point_of(SPACE, BASE, BASE)])
     for number in (0, 1, 2):
         assert study.ask(3)[0] == number
     assert [study.report(number, 0, value) for number, value in ((1, 0.9), (0, 0.1), (2, 0.5))] == [False, False, True]
@@ -148,7 +148,7 @@ def test_several_objectives_are_searched_for_together(tmp_path):
 
 
 def test_points_that_wait_are_tried_first_even_if_a_kill_came_between_them(tmp_path):
-    points = [point_of(SPACE, BASE) | {"kernel.layers": layers} for layers in (1, 2)]
+    points = [point_of(SPACE, BASE, BASE) | {"kernel.layers": layers} for layers in (1, 2)]
     study = open_study(str(tmp_path / "s.journal"), "s", {}, SPACE, BASE)
     study.enqueue(points[:1])
     study.enqueue(points)
@@ -159,7 +159,7 @@ def test_points_that_wait_are_tried_first_even_if_a_kill_came_between_them(tmp_p
 
 def test_the_best_are_repeated_and_judged_by_that(tmp_path):
     """The trial that validated best by luck is not the best of the sweep."""
-    path, start = str(tmp_path / "s.journal"), {"kernel.ridge": 0.1, **point_of(SPACE, BASE)}
+    path, start = str(tmp_path / "s.journal"), {"kernel.ridge": 0.1, **point_of(SPACE, BASE, BASE)}
     study = open_study(path, "s", {}, SPACE, BASE)
     study.enqueue([start])
     luck, truth = [0.50, 0.90, 0.70, 0.60], [0.52, 0.55, 0.65, 0.99]
