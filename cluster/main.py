@@ -1,7 +1,7 @@
 """The entry point of a Ray job: ``python -m cluster.main [COMMAND] [settings]``.
 
 The command line of talk-dist, on the cluster that the job runs on. A job that is started again with the same
-settings goes on from the last finished epoch, because that is what `--resume auto`, the default, does.
+settings goes on from its checkpoint, because that is what `--resume auto`, the default, does.
 """
 
 from __future__ import annotations

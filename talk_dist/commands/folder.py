@@ -103,7 +103,7 @@ class RunFolder:
                 f"{self.path(ATTEMPT)} of this run is gone or damaged; this one stops, and writes nothing more"
             ) from error
         except OSError as error:
-            again = "the same command goes on from the last finished epoch"
+            again = "the same command goes on from where it was"
             raise ConfigError(f"{self.path(ATTEMPT)} cannot be read ({error}); {again}") from error
         if holder.get("id") != self.attempt:
             raise ConfigError(

@@ -43,7 +43,7 @@ class Distill:
     preset: Literal["default", "paper"] = "default"
     """Settings to start from. paper: TaLK (arXiv 2606.22975) to the letter."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the last finished epoch of the same run; `never` starts over."""
+    """`auto` goes on with the same run from where it was; `never` starts over."""
     evaluate: bool = False
     """Afterwards train fresh students on the result and on its rivals, as `evaluation` says, and compare."""
 
