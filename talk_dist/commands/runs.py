@@ -23,7 +23,7 @@ from talk_dist.evaluate import EvaluateConfig, as_metrics, evaluate, table
 from talk_dist.models.protocol import Encoder
 from talk_dist.resources import ClusterConfig, DeepSpeedConfig
 from talk_dist.runtime.callbacks import Callback, Callbacks, JsonLines, ProgressLines
-from talk_dist.runtime.checkpoint import Checkpoint
+from talk_dist.runtime.checkpoint import Checkpoint, DistillState
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.decode import readings
@@ -72,7 +72,7 @@ class Distill:
         call.stop.advice = lambda: self._advice(call, checkpoint)
         log = JsonLines(folder.path("log.jsonl"), saved.history if saved else (), folder.guard)
         log.write()
-        held = _held(checkpoint)
+        held = _held(checkpoint, saved)
         if held:
             print(f"going on with what {path} holds: {held}")
         call.lap("prepare")
@@ -92,7 +92,8 @@ class Distill:
     def _advice(self, call: Call, checkpoint: Checkpoint) -> str:
         again = ["talk-dist", *without(call.arguments, "resume")]
         try:
-            held = _held(Checkpoint(checkpoint.path, checkpoint.identity))
+            present = Checkpoint(checkpoint.path, checkpoint.identity)
+            held = _held(present, present.load())
         except (TalkDistError, OSError):  # of another run, which `--resume never` was about to replace, or out of reach
             held = ""
         done = f"{checkpoint.path} holds {held}" if held else "Nothing is saved yet"
@@ -209,9 +210,8 @@ def _evaluate(
     print(f"seconds     {took}")
 
 
-def _held(checkpoint: Checkpoint) -> str:
-    """What it holds, counted as `outer.epochs` counts: the first that finishes is the start itself; or nothing."""
-    state = checkpoint.load()
+def _held(checkpoint: Checkpoint, state: DistillState | None) -> str:
+    """What it holds, its ``state`` counted as `outer.epochs` counts: the first that finishes is the start itself."""
     if state is None:
         return "a part of the start" if checkpoint.load_start() else ""
     if state.epoch < 2:
