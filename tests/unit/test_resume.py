@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from talk_dist.cli import main
+from talk_dist.runtime.callbacks import ProgressLines
 
 FORKS = multiprocessing.get_context("forkserver")  # real processes that need not import torch again
 EPOCHS = 3
@@ -141,6 +142,24 @@ def test_the_advice_is_a_command_that_goes_on(command, tmp_path):
     assert "--resume" not in advice
     assert main(advice[1:]) == 0
     assert (tmp_path / "run" / "synthetic" / "config.json").exists()
+
+
+def test_a_start_that_is_stopped_says_what_is_kept_and_goes_on(command, told, tmp_path, monkeypatch):
+    told(*command("frozen", tmp_path / "whole"))
+    report = ProgressLines.progress
+
+    def stop(lines, stage, done, total, metrics):
+        report(lines, stage, done, total, metrics)
+        if stage == "tokens":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ProgressLines, "progress", stop)
+        _, err = told(*command("frozen", tmp_path / "run"), code=130)
+    assert "checkpoint.safetensors holds a part of the start; go on with:" in err
+    out, err = told(*command("frozen", tmp_path / "run"))
+    assert "checkpoint.safetensors holds: a part of the start" in out
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
