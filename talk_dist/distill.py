@@ -42,9 +42,11 @@ def distill(
     """
     tell = Callbacks(callbacks)
     objective, real = Objective(pool, config), RealSide(pool, config)
-    state = checkpoint.load() if checkpoint else None
-    if state is None:
-        starting = Starting(checkpoint)
+    saved = checkpoint.load() if checkpoint else None
+    if isinstance(saved, DistillState):
+        state = saved
+    else:
+        starting = Starting(checkpoint, saved)
         encoder.reset_adapters(config.seed)
         real.encode(encoder, tell.progress)
         start = initialise(real, encoder, config, tell.progress, starting)

@@ -29,7 +29,7 @@ from talk_dist.kernel.sntk import synthetic_kernel
 from talk_dist.models.gnn import Student
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback
-from talk_dist.runtime.checkpoint import Checkpoint
+from talk_dist.runtime.checkpoint import Checkpoint, DistillState
 from talk_dist.runtime.outer import accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool, add
 from talk_dist.synthetic.artifact import SyntheticTAG
@@ -107,7 +107,7 @@ def run_trial(spec: TrialSpec, report: Report) -> dict[str, Any]:
         path = storage.join(spec.folder, "checkpoint.safetensors")
         checkpoint = Checkpoint(path, identity(tag, encoder, config))
         saved = checkpoint.load()  # what was reported before a cut does not come again
-        reporter = Reporter(report, max(saved.best_accuracy, 0.0) if saved else 0.0)
+        reporter = Reporter(report, max(saved.best_accuracy, 0.0) if isinstance(saved, DistillState) else 0.0)
         synthetic = distill(pool, encoder, config, [reporter, *where.callbacks], checkpoint)
         synthetic.save_pretrained(storage.join(spec.folder, "synthetic"))
         accuracies = [validate(synthetic, pool, encoder, config, seed) for seed in range(spec.students)]

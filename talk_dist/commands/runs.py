@@ -23,7 +23,7 @@ from talk_dist.evaluate import EvaluateConfig, as_metrics, evaluate, table
 from talk_dist.models.protocol import Encoder
 from talk_dist.resources import ClusterConfig, DeepSpeedConfig
 from talk_dist.runtime.callbacks import Callback, Callbacks, JsonLines, ProgressLines
-from talk_dist.runtime.checkpoint import Checkpoint, DistillState
+from talk_dist.runtime.checkpoint import Checkpoint, DistillState, Standing
 from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.decode import readings
@@ -70,11 +70,11 @@ class Distill:
         folder.claim()
         saved = checkpoint.load()
         call.stop.advice = lambda: self._advice(call, checkpoint)
-        log = JsonLines(folder.path("log.jsonl"), saved.history if saved else (), folder.guard)
+        history = saved.history if isinstance(saved, DistillState) else ()
+        log = JsonLines(folder.path("log.jsonl"), history, folder.guard)
         log.write()
-        held = _held(checkpoint, saved)
-        if held:
-            print(f"going on with what {path} holds: {held}")
+        if saved:
+            print(f"going on with what {path} holds: {_held(saved)}")
         call.lap("prepare")
         synthetic = distill(pool, encoder, config, [call.stop, lines, log, *where.callbacks], checkpoint)
         about = {"command": call.command, "readings": readings(synthetic, encoder)}
@@ -92,11 +92,10 @@ class Distill:
     def _advice(self, call: Call, checkpoint: Checkpoint) -> str:
         again = ["talk-dist", *without(call.arguments, "resume")]
         try:
-            present = Checkpoint(checkpoint.path, checkpoint.identity)
-            held = _held(present, present.load())
+            saved = Checkpoint(checkpoint.path, checkpoint.identity).load()
         except (TalkDistError, OSError):  # of another run, which `--resume never` was about to replace, or out of reach
-            held = ""
-        done = f"{checkpoint.path} holds {held}" if held else "Nothing is saved yet"
+            saved = None
+        done = f"{checkpoint.path} holds {_held(saved)}" if saved else "Nothing is saved yet"
         return f"{done}; go on with:\n  {shlex.join(again)}"
 
     def _open(
@@ -210,10 +209,10 @@ def _evaluate(
     print(f"seconds     {took}")
 
 
-def _held(checkpoint: Checkpoint, state: DistillState | None) -> str:
-    """What it holds, its ``state`` counted as `outer.epochs` counts: the first that finishes is the start itself."""
-    if state is None:
-        return "a part of the start" if checkpoint.load_start() else ""
-    if state.epoch < 2:
-        return "the start" if state.epoch else "the start, not yet validated"
-    return f"the start and {state.epoch - 1} epoch{'s' if state.epoch > 2 else ''}"
+def _held(saved: DistillState | Standing) -> str:
+    """What was saved, counted as `outer.epochs` counts: the first that finishes is the start itself."""
+    if isinstance(saved, Standing):
+        return "a part of the start"
+    if saved.epoch < 2:
+        return "the start" if saved.epoch else "the start, not yet validated"
+    return f"the start and {saved.epoch - 1} epoch{'s' if saved.epoch > 2 else ''}"

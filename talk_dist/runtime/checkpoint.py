@@ -90,13 +90,15 @@ class Checkpoint:
         facts = {"stage": standing.stage, "facts": standing.facts, "seconds": standing.seconds}
         self._write("start", standing.tensors, facts)
 
-    def load(self) -> DistillState | None:
-        """The saved state, or None where there is none, the start is unfinished, or `resume` is off.
+    def load(self) -> DistillState | Standing | None:
+        """The saved state, or how far an unfinished start has come, or None where there is neither or `resume` is off.
 
         Raises ConfigError if it belongs to another configuration or data set, DataError if it cannot be read.
         """
         tensors, header = self._read()
-        if "state" not in header:
+        if "start" in header:
+            return Standing(tensors=tensors, **json.loads(header["start"]))
+        if not header:
             return None
         best = (tensors.pop("best.x_s"), tensors.pop("best.y_s")) if "best.x_s" in tensors else None
         optimizer = {name[10:]: value for name, value in tensors.items() if name.startswith("optimizer.")}
@@ -108,11 +110,6 @@ class Checkpoint:
             optimizer=optimizer,
             **json.loads(header["state"]),
         )
-
-    def load_start(self) -> Standing | None:
-        """How far an unfinished start has come. Raises as `load` does."""
-        tensors, header = self._read()
-        return Standing(tensors=tensors, **json.loads(header["start"])) if "start" in header else None
 
     def _write(self, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         metadata = {kind: json.dumps(facts), "identity": json.dumps(self.identity)}
@@ -140,14 +137,13 @@ class Checkpoint:
 
 
 class Starting:
-    """The start on its way; ``saved`` is what one that was cut off had come to. Without a checkpoint none is."""
+    """The start on its way, which goes on from what one that was cut off had ``saved``."""
 
     SHARE = 0.1  # of a start's time that saving may take: what comes sooner is left out
 
-    def __init__(self, checkpoint: Checkpoint | None = None):
-        self._checkpoint = checkpoint
-        self.saved = checkpoint.load_start() if checkpoint else None
-        self._began = time.monotonic() - (self.saved.seconds if self.saved else 0.0)
+    def __init__(self, checkpoint: Checkpoint | None = None, saved: Standing | None = None):
+        self._checkpoint, self._saved = checkpoint, saved
+        self._began = time.monotonic() - (saved.seconds if saved else 0.0)
         self._spent = 0.0
 
     @property
@@ -157,10 +153,10 @@ class Starting:
 
     def at(self, stage: str) -> Standing | None:
         """What was saved, if it was in this stage."""
-        return self.saved if self.saved and self.saved.stage == stage else None
+        return self._saved if self._saved and self._saved.stage == stage else None
 
     def save(self, stage: str, tensors: dict[str, Tensor], **facts: Any) -> None:
-        """Raises what the checkpoint's guard raises."""
+        """Where there is a checkpoint. Raises what its guard raises."""
         if self._checkpoint is None or self._spent > self.SHARE * self.seconds:
             return
         before = self.seconds

@@ -10,7 +10,7 @@ import torch
 from talk_dist.config import DistillConfig
 from talk_dist.distill import distill
 from talk_dist.runtime.callbacks import Callback
-from talk_dist.runtime.checkpoint import Checkpoint, Starting
+from talk_dist.runtime.checkpoint import Checkpoint, DistillState, Starting
 from talk_dist.synthetic import encodings, init
 
 SETTINGS = {
@@ -71,7 +71,7 @@ def test_cut_off_again_and_again(make_encoder, make_pool, tmp_path, monkeypatch,
     expected = distill(make_pool(encoder, 2, architecture="sgc"), encoder, config, [told])
     checkpoint, resumed, repeated = Checkpoint(str(tmp_path / "state.safetensors"), {}), [], []
     for _attempt in itertools.count():
-        saved = checkpoint.load_start()
+        saved = checkpoint.load()
         resumed += [saved.stage] if saved else []
         cut = Cut(5)
         try:
@@ -85,8 +85,9 @@ def test_cut_off_again_and_again(make_encoder, make_pool, tmp_path, monkeypatch,
     for name in ("start", "val_accuracy"):
         assert found.metrics[name] == expected.metrics[name]
     assert dict.fromkeys(repeated + cut.stages).keys() == dict.fromkeys(told.stages).keys()
-    assert checkpoint.load_start() is None
-    assert checkpoint.load().start_seconds > 0
+    state = checkpoint.load()
+    assert isinstance(state, DistillState)
+    assert state.start_seconds > 0
 
 
 def test_saving_takes_no_more_than_its_share(tmp_path, monkeypatch):
@@ -97,6 +98,6 @@ def test_saving_takes_no_more_than_its_share(tmp_path, monkeypatch):
     starting, kept = Starting(checkpoint), []
     for step in range(20):
         starting.save("kernel", {"h_s": torch.zeros(2)}, step=step)
-        kept.append(checkpoint.load_start().facts["step"])
+        kept.append(checkpoint.load().facts["step"])
     assert kept[0] == 0
     assert 2 <= len(set(kept)) <= 6
