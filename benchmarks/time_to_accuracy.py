@@ -130,6 +130,7 @@ def main() -> None:
             )
     name = PreparedTag(arguments.data).meta["name"]
     command = f"python benchmarks/time_to_accuracy.py {Path(arguments.data).name} --epochs {arguments.epochs}"
+    command += f" --joint {arguments.joint} --what {' '.join(arguments.what)}"
     rig.report(
         arguments.out, f"Time to accuracy: {name}, CPU seconds and validation accuracy of every epoch", lines, command
     )
