@@ -19,6 +19,7 @@ from talk_dist.evaluate import Row
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings, smoothed
 from talk_dist.runtime.outer import student_accuracy
+from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import class_centres, sample_for
 from talk_dist.synthetic.init import choose, class_counts, embed, one_hot_labels, optimise_encodings
 
@@ -32,7 +33,7 @@ class Case:
         self.config = dataclasses.replace(config or preset(), seed=seed)
         self.encoder = TextEncoder(self.config.encoder)
         self.pool = LocalPool(self.tag, self.encoder, self.config.kernel, self.config.runtime)
-        self.pool.encode(self.encoder.adapters())
+        RealSide(self.pool, self.config).encode(self.encoder, lambda *_: None)
         self.counts = class_counts(self.tag, self.config.synthetic.size)
         self.sample = sample_for(self.pool, self.counts, seed)
         blocks = self.config.kernel.blocks(int(self.counts.sum()))

@@ -72,7 +72,7 @@ class Stage:
 def stages(path: str, cache: str) -> list[Stage]:
     tag, config = PreparedTag(path), preset()
     encoder, runtime = TextEncoder(config.encoder), RuntimeConfig(threads=1, cache_folder=cache)
-    config = dataclasses.replace(config, outer=dataclasses.replace(config.outer, rows=0))
+    config = dataclasses.replace(config, outer=dataclasses.replace(config.outer, rows=0, targets="labels"))
     pool = LocalPool(tag, encoder, config.kernel, runtime)
     pool.encode(encoder.adapters())
     labels = one_hot_labels(class_counts(tag, config.synthetic.size))

@@ -85,6 +85,7 @@ def measured(nodes: int, scratch: Path, threads: int) -> dict[str, Any]:
         encoder=replace(base.encoder, name=f"given:{WIDTH}"),
         kernel=replace(base.kernel, fields="disk"),
         synthetic=replace(base.synthetic, tokens=1),
+        outer=replace(base.outer, targets="labels"),
         runtime=replace(base.runtime, threads=threads, scratch=str(scratch)),
     )
     encoder = load_encoder(config.encoder)

@@ -115,8 +115,8 @@ class RayPool:
     def student_grads(self, student: StudentState, loss: LossSpec) -> StudentGrads:
         return add_student_grads(self._ask("student_grads", self._broadcast(student), loss, phase="students"))
 
-    def sample(self, per_class: int, seed: int) -> TrainSample:
-        return merge_samples(self._ask("sample", per_class, seed), per_class)
+    def sample(self, per_class: int, seed: int, split: str = "train") -> TrainSample:
+        return merge_samples(self._ask("sample", per_class, seed, split), per_class)
 
     def tokens(self, place: np.ndarray) -> TokenLists:
         return join_tokens(place, lambda part, rows: self._ask("tokens", rows, parts=[part])[0])

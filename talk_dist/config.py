@@ -203,9 +203,9 @@ class OuterConfig:
     """Learning rate of learned labels."""
     weight_decay: float = 0.0
     """AdamW weight decay of the token embeddings."""
-    targets: Literal["labels", "teacher"] = "labels"
-    """What the kernel predictor is to say: the labels of the training rows (the paper's), or, of every row, what a
-    student trained on them says: better where classes are many (benchmarks/results/options.md)."""
+    targets: Literal["labels", "teacher"] = "teacher"
+    """What the kernel predictor, and students in stage one, are to say: the labels of the training rows (the paper's),
+    or, of every row, what a student trained on them says (benchmarks/results/teacher.md)."""
     loss: Literal["mse", "ce"] = "mse"
     """Squared error (the paper's) or cross-entropy with a learned temperature."""
     temperature_lr: float = 0.05

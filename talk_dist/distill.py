@@ -38,7 +38,7 @@ def distill(
     """Distil the graph behind ``pool`` into a synthetic TAG: the one that validated best.
 
     With ``checkpoint`` every outer epoch is saved, and the start as it comes along; a run that was cut off
-    goes on from there to the same result. The test split is never read. Raises ConfigError and NotPSDError.
+    goes on from there to the same result. No label of a test node is read. Raises ConfigError and NotPSDError.
     """
     tell = Callbacks(callbacks)
     objective, real = Objective(pool, config), RealSide(pool, config)

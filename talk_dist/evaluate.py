@@ -27,6 +27,7 @@ from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.coresets import allocate
 from talk_dist.training_sets import TrainingSet, coreset_tag, full_set, token_set
 
+FULL_PATIENCE = 10  # validations without a better one
 Against = Literal["full", "random", "herding", "kcenter", "medoid"]
 
 
@@ -42,11 +43,14 @@ class EvaluateConfig:
     """The student."""
     recipe: InnerConfig = field(default_factory=lambda: InnerConfig(patience=50))
     """How every student is trained, whatever it is trained on."""
-    full_lr: tuple[float, ...] = (5e-3,)
+    full_lr: tuple[float, ...] = (5e-3, 2e-2)
     """Learning rates among which the full training set has its own chosen, on validation nodes."""
     full_label_smoothing: tuple[float, ...] = (0.0, 0.1)
     """The same for the share of its labels that is spread over all classes, as `synthetic.label_smoothing` of small
     sets: on some graphs a reference without it is the weaker one."""
+    full_passes: int = 1000
+    """Passes over the full training set in the place of `recipe.passes`, which are enough for a small set; they end
+    after ten validations without a better one."""
     full_epochs: int = 4
     """With adapters: epochs of joint training on the full training set."""
 
@@ -62,6 +66,7 @@ class EvaluateConfig:
                 self.full_label_smoothing,
                 "shares in [0, 1)",
             ),
+            full_passes=(self.full_passes >= 1, self.full_passes, "at least 1"),
             full_epochs=(self.full_epochs >= 0, self.full_epochs, "not negative"),
         )
 
@@ -145,7 +150,9 @@ def reference(
 
     def everything(choice: tuple[float, float], epochs: int) -> TrainingSet:
         rate, share = choice
-        return full_set(whole, pool, encoder, dataclasses.replace(config.recipe, gnn_lr=rate), epochs, share)
+        patient = {"patience": config.full_passes, "select_patience": FULL_PATIENCE}
+        recipe = dataclasses.replace(config.recipe, gnn_lr=rate, passes=config.full_passes, **patient)
+        return full_set(whole, pool, encoder, recipe, epochs, share)
 
     def trained(choice: tuple[float, float], epochs: int) -> list[Trained]:
         encoder.reset_adapters(0)  # whatever was tried before

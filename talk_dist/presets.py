@@ -23,6 +23,6 @@ def preset(name: str = "default") -> DistillConfig:
             kernel=KernelConfig(architecture="gcn", norms="linear", ridge=1e-5),
             synthetic=SyntheticConfig(tokens=256, init="random", label_smoothing=0.0, storage="float32"),
             inner=InnerConfig(passes=90, gnn_lr=1e-3, adapter_lr=1e-4),
-            outer=OuterConfig(epochs=80, steps=8, rows=0, lr=1e-4, patience=80),
+            outer=OuterConfig(epochs=80, steps=8, rows=0, lr=1e-4, patience=80, targets="labels"),
         )
     raise ConfigError(f"unknown preset {name!r}; one of default, paper")

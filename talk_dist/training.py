@@ -52,6 +52,8 @@ class InnerConfig:
     """Passes between validations where a student is selected by validation accuracy (evaluation)."""
     adapter_select_every: int = 50
     """The same with adapters, where each validation encodes the real texts again."""
+    select_patience: int = 0
+    """Stop after so many validations without a better one (0: never)."""
 
     def __post_init__(self) -> None:
         check(
@@ -62,4 +64,5 @@ class InnerConfig:
             patience=(self.patience >= 1, self.patience, "at least 1"),
             select_every=(self.select_every >= 1, self.select_every, "at least 1"),
             adapter_select_every=(self.adapter_select_every >= 1, self.adapter_select_every, "at least 1"),
+            select_patience=(self.select_patience >= 0, self.select_patience, "not negative"),
         )

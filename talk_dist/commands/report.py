@@ -169,7 +169,8 @@ def evaluation(
     how = (
         f"Mean ± standard deviation over {config.seeds} seeds. Every student is a {student.kind.upper()} of "
         f"{student.depth} hops and width {student.hidden}, trained for at most {recipe.passes} passes at learning rate "
-        f"{recipe.gnn_lr:g}; {chosen}, the test nodes are scored once. {_chosen(rows)}Bytes: the "
+        f"{recipe.gnn_lr:g} (full: {config.full_passes:,}, until validation no longer rises); {chosen}, the test nodes "
+        f"are scored once. {_chosen(rows)}Bytes: the "
         "synthetic set as stored, the token ids of a coreset, the texts of the full training set. KRR: the kernel "
         "predictor, without a student. Retention: relative to the full set."
     )

@@ -45,7 +45,7 @@ class Plan:
     """Seeds of the random splits, and of the methods on them."""
     seeds: int = 3
     """Students trained on each set."""
-    full_lr: tuple[float, ...] = (1e-3, 5e-3, 1e-2)
+    full_lr: tuple[float, ...] = (5e-3, 2e-2)
     full_label_smoothing: tuple[float, ...] = (0.0, 0.1, 0.2)
     """Learning rates, and shares of the labels that are spread over all classes, among which the reference, trained on
     everything, has its own chosen on validation nodes."""

@@ -125,8 +125,9 @@ def train(
     """AdamW on student and adapters over ``step(pass)``, which leaves gradients and returns the loss.
 
     Without ``select`` the best pass has the lowest training loss; with it, the highest ``select(student)`` (validation
-    accuracy), asked every ``config.select_every`` passes, with adapters ``adapter_select_every``; ``selected`` is what
-    it says of the start, which remains if nothing is better. Shared by the small sets above and by the full-data
+    accuracy), asked every ``config.select_every`` passes, with adapters ``adapter_select_every``, and the end comes
+    after ``select_patience`` answers in a row that are no better; ``selected`` is what it says of the start, which
+    remains if nothing is better. Shared by the small sets above and by the full-data
     reference, so that one recipe serves both.
     """
     parameters = encoder.adapter_parameters() if encoder else {}
@@ -139,7 +140,7 @@ def train(
             {"params": parameters.values(), "lr": config.adapter_lr, "weight_decay": 0.0},
         ]
     )
-    best, best_value, best_loss, stale, index = None, selected, math.inf, 0, 0
+    best, best_value, best_loss, stale, worse, index = None, selected, math.inf, 0, 0, 0
     if selected > -math.inf:
         best = _snapshot(student, encoder)
     with torch.random.fork_rng(devices=[]):
@@ -159,9 +160,10 @@ def train(
             if select is not None and (last or index % every == 0):
                 student.eval()
                 value = select(student)
+                worse += 1
                 if value > best_value:
-                    best_value, best = value, _snapshot(student, encoder)
-            if last:
+                    best_value, best, worse = value, _snapshot(student, encoder), 0
+            if last or (config.select_patience and worse >= config.select_patience):
                 break
     for p in parameters.values():
         p.requires_grad_(False)

@@ -227,7 +227,6 @@ def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, mo
         "hops before": item * here * width * (kernel.hops - kernel.rounds),
         "lower layers": _lower(part, config, model) if kernel.fields == "memory" else 0,
         "norms": item * local * kernel.rounds,
-        "targets": 4 * own * len(meta["classes"]) if config.outer.targets == "teacher" else 0,
         "student": 4 * here * 3 * max(config.student.hidden, width),
         "chunks": 16 * own if alone else 2 * (kernel.rounds - 1) * entries * (8 + item),
         "halo": 4 * part["halo"] * width,

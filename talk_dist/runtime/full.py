@@ -103,5 +103,6 @@ def fit_full(
         return student_accuracy(pool, current, "val")
 
     steps = -(-len(order) // BATCH)
-    joint = dataclasses.replace(config, passes=steps, patience=steps, target_loss=0.0, adapter_select_every=batches)
+    joint = dataclasses.replace(config, passes=steps, patience=steps, target_loss=0.0, select_patience=0)
+    joint = dataclasses.replace(joint, adapter_select_every=batches)
     return train(mini_batch, student, joint, encoder=encoder, seed=seed, select=refresh, selected=first.selected)

@@ -58,7 +58,7 @@ class ShardPool(Protocol):
         """Encode all texts, exchange halos, propagate; False and nothing to do if these adapters are current."""
 
     def learn(self, teacher: StudentState) -> None:
-        """Keep what this teacher says of every row, until the next encoding."""
+        """Targets of every row are what this teacher says of it, until the next encoding."""
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         """Loss and gradient sums over all training rows."""
@@ -72,8 +72,8 @@ class ShardPool(Protocol):
     def student_grads(self, student: StudentState, loss: LossSpec) -> StudentGrads:
         """Loss and gradient sums of a student over the real rows that ``loss`` names, each by itself."""
 
-    def sample(self, per_class: int, seed: int) -> TrainSample:
-        """Training rows with propagated encodings, for initialisation and coresets."""
+    def sample(self, per_class: int, seed: int, split: str = "train") -> TrainSample:
+        """Labelled rows of ``split`` with propagated encodings, for initialisation, coresets and teachers."""
 
     def tokens(self, place: np.ndarray) -> TokenLists:
         """Token ids of the nodes at (shard, row)."""
@@ -144,8 +144,8 @@ class LocalPool:
         with self.meter.time("students"):
             return add_student_grads([shard.student_grads(student, loss) for shard in self.shards])
 
-    def sample(self, per_class: int, seed: int) -> TrainSample:
-        return merge_samples([shard.sample(per_class, seed) for shard in self.shards], per_class)
+    def sample(self, per_class: int, seed: int, split: str = "train") -> TrainSample:
+        return merge_samples([shard.sample(per_class, seed, split) for shard in self.shards], per_class)
 
     def tokens(self, place: np.ndarray) -> TokenLists:
         return join_tokens(place, lambda shard, rows: self.shards[shard].tokens(rows))

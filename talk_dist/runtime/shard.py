@@ -28,6 +28,7 @@ from talk_dist.kernel.sntk import (
     through_lengths,
     to_torch,
 )
+from talk_dist.models.gnn import Student
 from talk_dist.models.inner import one_hot
 from talk_dist.models.protocol import Adapters, Encoder, Progress
 from talk_dist.runtime.boundary import LossSpec, Sample, ShardGrads, ShardSpec, Share, StudentGrads, StudentState
@@ -70,7 +71,7 @@ class Shard:
         self.part = part = tag.partition(spec.part)
         self.dtype = torch.float64 if spec.kernel.precision == "float64" else torch.float32
         self.device = encoder.device
-        self._taught: Tensor | None = None  # (n, C) what the teacher says of own rows
+        self._teacher: Student | None = None
         self._depth = np.concatenate([np.zeros(part.num_own, np.int8), part.halo_depth])
         kept = spec.cache and part.encodings is None  # what is given need not be kept
         self._cache = EncodingCache(spec.cache, spec.part, part.tokens) if kept else None
@@ -88,7 +89,7 @@ class Shard:
         version = EncodingCache.version(adapters)
         if version == self._encoded_with:
             return False
-        self._taught = self._encoded_with = None
+        self._teacher = self._encoded_with = None
         self.encoder.load_adapters(adapters)
         for start in range(0, self.part.num_own, ENCODED_ROWS):
             own = self._encoded(start, adapters, progress)
@@ -234,7 +235,7 @@ class Shard:
         for start in range(0, len(rows), ALONE_ROWS):
             some = rows[start : start + ALONE_ROWS]
             logits = model(torch.from_numpy(self._smoothed(some)))
-            value = cross_entropy(logits, self._wanted(some, loss), reduction="sum")
+            value = cross_entropy(logits, self._wanted(some, loss).to(logits), reduction="sum")
             total += value.item()
             gradients = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
             for name, gradient in zip(sums, gradients, strict=True):
@@ -244,22 +245,19 @@ class Shard:
     # -- the teacher --------------------------------------------------------------------------------------
 
     def learn(self, teacher: StudentState) -> None:
-        """Targets of all own rows: the class probabilities that the teacher gives P^2 H of a node by itself (Z's halo
-        must be there). Forgotten with the encodings."""
-        targets, model = torch.zeros(self.part.num_own, self.num_classes), teacher.build()
-        for start in range(0, self.part.num_own, ALONE_ROWS):
-            rows = np.arange(start, min(start + ALONE_ROWS, self.part.num_own))
-            with torch.no_grad():
-                targets[rows] = model(torch.from_numpy(self._smoothed(rows))).softmax(1)
-        self._taught = targets
+        """Targets are the class probabilities that the teacher gives P^2 H of a node by itself (Z's halo must be
+        there), worked out for the rows whose turn it is. Forgotten with the encodings."""
+        self._teacher = teacher.build().to(self.device, self.dtype)
 
     def _wanted(self, rows: np.ndarray, loss: LossSpec) -> Tensor:
         """What the scores of own ``rows`` are compared with (len(rows), C)."""
         if loss.targets == "labels":
             return one_hot(self.part.label[rows], self.num_classes)
-        if self._taught is None:
+        if self._teacher is None:
             raise ConfigError('outer.targets = "teacher": nobody has taught these shards since they encoded')
-        return self._taught[torch.from_numpy(rows)]
+        parts = [rows[start : start + ALONE_ROWS] for start in range(0, max(1, len(rows)), ALONE_ROWS)]
+        with torch.no_grad():
+            return torch.cat([self._teacher(self._tensor(self._smoothed(some))).softmax(1) for some in parts])
 
     def _smoothed(self, rows: np.ndarray) -> np.ndarray:
         """P^2 H (len(rows), d) float32, or what the kernel starts from where all hops come first."""
@@ -270,9 +268,9 @@ class Shard:
 
     # -- what initialisation and baselines need -------------------------------------------------------------
 
-    def sample(self, per_class: int, seed: int) -> Sample:
-        """At most ``per_class`` training rows of each class, with P^2 H as features (Z's halo must be there)."""
-        rows = self.part.rows_of("train")
+    def sample(self, per_class: int, seed: int, split: str) -> Sample:
+        """At most ``per_class`` rows of each class in ``split``, with P^2 H as features (Z's halo must be there)."""
+        rows = self.part.rows_of(split)
         keys = hash_ids(self.part.node_id, seed)[rows]
         order = np.argsort(keys, kind="stable")
         kept = [order[self.part.label[rows][order] == c][:per_class] for c in range(self.num_classes)]

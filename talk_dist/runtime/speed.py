@@ -9,6 +9,7 @@ import torch
 
 from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
 from talk_dist.models.shape import ModelShape
+from talk_dist.runtime.teacher import BATCH
 
 ENCODER_SHARE = 0.6  # of the matrix product's rate that an encoder pass reaches, all else included
 BFLOAT16_GAIN = 1.3  # on a CPU, of a whole encoder pass
@@ -16,6 +17,8 @@ SMALL_SHARE = 0.4  # the same for students: narrow matrices, sparse products
 ELEMENT_FLOP = 250  # what an element of a kernel block costs a hop and layer beside the product: arc cosine, roots
 SOLVE_FLOP = 6000  # what an element of K_ss costs in double precision: its arc cosine, Cholesky's share, the gradient
 SEARCH_PASSES = 43  # of a step of the discrete inversion: candidates, the best together, a gradient
+LESSON = 2  # a teacher's passes, its candidates together, relative to those of a student of a small set
+FULL_PASSES = 250  # of the full training set, before validation no longer rises
 STEP_SECONDS = 2e-3  # a training step cannot be shorter
 
 
@@ -26,6 +29,8 @@ class Evaluation(Protocol):
     def against(self) -> tuple[Any, ...]: ...
     @property
     def seeds(self) -> int: ...
+    @property
+    def full_passes(self) -> int: ...
     @property
     def student(self) -> StudentConfig: ...
     @property
@@ -56,7 +61,8 @@ def work(
 ) -> tuple[dict[str, float], dict[str, int]]:
     """FLOP by phase as a matrix product would count them: slower kinds of work count more."""
     nodes, entries = meta["num_nodes"], 2 * meta["num_edges"] + meta["num_nodes"]
-    train, classes = meta["split_sizes"]["train"], len(meta["classes"])
+    split, classes = meta["split_sizes"], len(meta["classes"])
+    train = split["train"]
     text_tokens, t = meta["text"]["tokens"], config.synthetic.tokens
     outer, inner, adapters = config.outer, config.inner, config.encoder.adapters
     encoding = text_tokens * model.token_flop(text_tokens / max(1, nodes)) / ENCODER_SHARE
@@ -69,17 +75,17 @@ def work(
     blocks = config.kernel.blocks(m)
     wanted = (nodes if taught else train) / blocks  # rows of one block
     step = 3 * row * min(nodes, min(wanted, outer.rows or wanted) * reach) + SOLVE_FLOP * m * m / blocks
-    predicted = row * min(nodes, meta["split_sizes"]["val"] / blocks * reach) + SOLVE_FLOP / 2 * m * m / blocks
+    predicted = row * min(nodes, split["val"] / blocks * reach) + SOLVE_FLOP / 2 * m * m / blocks
     scores = (2.0 * nodes * model.width * config.student.hidden + 2.0 * entries * config.student.hidden) / SMALL_SHARE
     student = 6.0 * m * config.student.hidden * (model.width + classes) / SMALL_SHARE
     upper = 3 * forward * adapted_layers(config, model) / max(1, model.layers)  # of a pass, with gradient
     fit = inner.passes * (upper + student)
     epochs = config.outer_epochs + 1
     lessons = (1 + epochs if adapters else 1) if taught else 0
-    lesson = inner.passes * 6.0 * train * config.student.hidden * (model.width + classes) / SMALL_SHARE
-    lesson += (inner.passes // inner.select_every + 1) * scores
+    heard = min(train, BATCH) + min(split["val"], BATCH) / (3 * inner.select_every)
+    lesson = LESSON * inner.passes * 6.0 * heard * config.student.hidden * (model.width + classes) / SMALL_SHARE
     flop = {"encode": encoding + (again * epochs if adapters else 0.0), "initialise": lessons * lesson}
-    steps = {"outer epochs": epochs * inner.passes, "initialise": lessons * inner.passes}
+    steps = {"outer epochs": epochs * inner.passes, "initialise": lessons * LESSON * inner.passes}
     if config.synthetic.init == "two-stage":
         two, discrete = config.two_stage, config.synthetic.discrete
         checks = two.feature_steps // two.validate_every + 1
@@ -100,14 +106,16 @@ def work(
         checks = evaluation.recipe.passes // evaluation.recipe.select_every + 1
         one = evaluation.recipe.passes * (upper + student) + checks * scores
         choices = len(evaluation.full_lr) * len(evaluation.full_label_smoothing)
-        whole = choices * (3 * evaluation.recipe.passes + checks) * scores
+        full_passes = min(evaluation.full_passes, FULL_PASSES)
+        whole = choices * (3 + 1 / evaluation.recipe.select_every) * full_passes * scores
         if adapters:  # after the student on the encodings as they are
             asked = evaluation.recipe.passes // evaluation.recipe.adapter_select_every + 1
             one += evaluation.recipe.passes * student + (asked + 2) * again
             whole += evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again * (choices + 1)
         full = "full" in evaluation.against
         flop["evaluate"] = evaluation.seeds * (small * one + full * whole)
-        steps["evaluate"] = evaluation.seeds * evaluation.recipe.passes * (small + full * choices)
+        passes = small * evaluation.recipe.passes + full * choices * full_passes
+        steps["evaluate"] = evaluation.seeds * passes
     return flop, steps
 
 

@@ -3,7 +3,7 @@
 The labels of the training rows are few and hard; what a trained student says of all rows is neither, and a synthetic
 set fitted to it overfits later (knowledge distillation: Hinton et al. 2015). The teacher sees propagated encodings
 P^2 H of nodes by themselves, as a student sees synthetic nodes: so it is trained in the driver on a bounded sample of
-training rows, and applied by each shard to its own rows without any exchange.
+training rows, chosen on one of validation rows, and applied by each shard to its own rows without any exchange.
 """
 
 from __future__ import annotations
@@ -11,35 +11,72 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from talk_dist.config import DistillConfig
 from talk_dist.models.gnn import Student
-from talk_dist.models.inner import fit_encodings, one_hot
+from talk_dist.models.inner import train
 from talk_dist.models.protocol import Encoder, Report
 from talk_dist.runtime.boundary import StudentState
-from talk_dist.runtime.outer import student_accuracy
 from talk_dist.runtime.pool import SAMPLE_MINIMUM, ShardPool
+
+BATCH = 4096  # rows of a pass
+LONGER = 5  # times as many passes as a student of a small set, at most
+PATIENCE = 6  # validations without a better one
 
 
 def trained_teacher(pool: ShardPool, config: DistillConfig, report: Report) -> Student:
-    """`config.student` trained on a sample of the pool's training rows (all of them on a small graph), the pass chosen
-    on validation nodes. The pool must hold current encodings."""
-    sample = pool.sample(SAMPLE_MINIMUM, config.seed)
-    features, labels = torch.from_numpy(sample.features), one_hot(sample.label, len(pool.tag.classes))
-    recipe = dataclasses.replace(config.inner, patience=config.inner.passes)
-    looks = 0
+    """`config.student`, trained with its dropout and without (which many rows do better without), the better of them
+    and its pass chosen on a sample of validation rows. The pool must hold current encodings."""
+    rows, val_rows = (_Rows(pool, split, config.seed) for split in ("train", "val"))
+    passes, dropouts = LONGER * config.inner.passes, dict.fromkeys((config.student.dropout, 0.0))
+    recipe = dataclasses.replace(config.inner, passes=passes, patience=passes, select_patience=PATIENCE)
+    candidates, looks = [], 0
+
+    def step(_: int) -> Tensor:
+        features, label = rows.drawn()
+        loss = cross_entropy(student(features), label)
+        loss.backward()
+        return loss.detach()
 
     def validated(student: Student) -> float:
         nonlocal looks
         looks += 1
-        value = student_accuracy(pool, student, "val")
-        report("teacher", min(looks * recipe.select_every, recipe.passes), recipe.passes, {"val": value})
+        value = val_rows.accuracy(student)
+        report("teacher", looks * recipe.select_every, len(dropouts) * passes, {"val": value})
         return value
 
-    student = Student(config.student, features.shape[1], labels.shape[1], config.seed)
     with pool.meter.time("teach"):
-        fit_encodings(student, features, labels, recipe, seed=config.seed, select=validated)
-    return student
+        for dropout in dropouts:
+            kind = dataclasses.replace(config.student, dropout=dropout)
+            student = Student(kind, rows.features.shape[1], len(pool.tag.classes), config.seed)
+            fit = train(step, student, recipe, seed=config.seed, select=validated)
+            candidates.append((fit.selected, student))
+    return max(candidates, key=lambda one: one[0])[1]
+
+
+class _Rows:
+    """A sample of a split (all of it on a small graph). It has at most so many rows of a class: they count, and are
+    drawn, as often as the rows that they stand for."""
+
+    def __init__(self, pool: ShardPool, split: str, seed: int):
+        sample = pool.sample(SAMPLE_MINIMUM, seed, split)
+        self.features, self.label = torch.from_numpy(sample.features), torch.from_numpy(sample.label).long()
+        counts = torch.tensor(pool.tag.meta["class_counts"][split], dtype=torch.float64)
+        self._weight = (counts / torch.bincount(self.label, minlength=len(counts)).clamp_min(1))[self.label]
+
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """Features and labels for one pass: all, or a batch."""
+        if len(self.label) <= BATCH:
+            return self.features, self.label
+        some = torch.multinomial(self._weight, BATCH, replacement=True)
+        return self.features[some], self.label[some]
+
+    @torch.no_grad()
+    def accuracy(self, student: Student) -> float:
+        hits = student(self.features).argmax(1) == self.label
+        return float(self._weight[hits].sum() / self._weight.sum())
 
 
 class RealSide:

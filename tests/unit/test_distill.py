@@ -115,11 +115,13 @@ def test_it_stops_when_validation_no_longer_improves(run, monkeypatch):
     assert [r["epoch"] for r in stopped.metrics["history"]] == [0, 1, 2]
 
 
-def test_the_test_split_is_never_read(run, monkeypatch):
+@pytest.mark.parametrize(("targets", "wanted"), [("labels", {"train", "val"}), ("teacher", {"train", "val", "all"})])
+def test_the_test_split_is_never_asked_for(run, monkeypatch, targets, wanted):
+    """A teacher speaks of every node; what it says does not depend on labels of test nodes, see below."""
     rows_of, asked = Partition.rows_of, set()
     monkeypatch.setattr(Partition, "rows_of", lambda part, split: (asked.add(split), rows_of(part, split))[1])
-    run(settings(synthetic={"init": "two-stage"}))
-    assert asked == {"train", "val"}
+    run(settings(synthetic={"init": "two-stage"}, outer={"targets": targets}))
+    assert asked == wanted
 
 
 def test_labels_of_test_nodes_change_nothing(run, graph, prepare_graph):
@@ -156,7 +158,9 @@ def test_two_stages_reach_the_encodings_they_aim_at(make_encoder, make_pool):
     from talk_dist.runtime.teacher import RealSide
     from talk_dist.synthetic.init import initialise, optimise_encodings
 
-    config = settings(synthetic={"init": "two-stage", "tokens": 16}, two_stage={"token_steps": 200})
+    config = settings(
+        synthetic={"init": "two-stage", "tokens": 16}, two_stage={"token_steps": 200}, outer={"targets": "labels"}
+    )
     encoder = make_encoder()
     pool = make_pool(encoder, 2)
     errors = []

@@ -88,7 +88,7 @@ def test_more_work_costs_more(tags):
     assert all(value > 0 for value in base.values())
     assert seconds(with_values(config, encoder={"adapters": True}))["encode"] > base["encode"]
     assert seconds(with_values(config, outer={"epochs": 50}))["outer epochs"] > base["outer epochs"]
-    plain = with_values(config, synthetic={"init": "medoid"})
+    plain = with_values(config, synthetic={"init": "medoid"}, outer={"targets": "labels"})
     assert seconds(plain)["initialise"] == 0
     assert seconds(with_values(plain, outer={"targets": "teacher"}))["initialise"] > 0
     few, many = (seconds(config, EvaluateConfig(seeds=n))["evaluate"] for n in (1, 4))

@@ -27,7 +27,7 @@ def quick(**changes):
     recipe = InnerConfig(passes=20, gnn_lr=0.02, patience=20)
     student = StudentConfig(hidden=16, dropout=0.0)
     settings = {"seeds": 2, "recipe": recipe, "student": student, "full_lr": (0.02,), "full_label_smoothing": (0.1,)}
-    return EvaluateConfig(**(settings | {"full_epochs": 1} | changes))
+    return EvaluateConfig(**(settings | {"full_epochs": 1, "full_passes": 20} | changes))
 
 
 def a_coreset(pool, encoder, method="random"):

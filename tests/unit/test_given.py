@@ -306,6 +306,7 @@ def test_the_encodings_of_a_language_model_distil_as_its_texts_do(tmp_path, grap
     x = texts.gather()
     config = settings()
     config = dataclasses.replace(config, encoder=EncoderConfig(name=f"given:{x.shape[1]}", device="cpu"))
+    config = dataclasses.replace(config, outer=dataclasses.replace(config.outer, targets="labels"))
     counts, nothing = class_counts(texts.tag, 6), lambda *_: None
     centres = torch.from_numpy(class_centres(sample_for(texts, counts, 0), counts, 0))
     truth = optimise_encodings(texts, centres, one_hot_labels(counts), config, nothing).h_s

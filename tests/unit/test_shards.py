@@ -215,7 +215,7 @@ def test_steps_take_the_folds_in_turn(table_encoder, make_pool, synthetic):
     """`outer.rows`: the mean over a turn of all folds is nearly the whole, and the next turn has the same folds."""
     objective = objective_of(make_pool(table_encoder(), 2), "mse")
     assert objective.folds(9) == 1
-    turns = replace(objective, config=replace(objective.config, outer=OuterConfig(rows=16)))
+    turns = replace(objective, config=replace(objective.config, outer=OuterConfig(rows=16, targets="labels")))
     folds = turns.folds(9)
     losses = [turns(*synthetic, step).loss for step in range(2 * folds)]
     assert len(set(losses)) == folds > 1
