@@ -83,6 +83,25 @@ def test_the_reference_has_the_best_of_its_choices(make_encoder, make_pool, adap
     assert found.chosen == dict(zip(("gnn_lr", "label_smoothing"), best, strict=True))
 
 
+def test_the_reference_goes_on_while_validation_rises(make_encoder, make_pool, monkeypatch):
+    """Past the passes of a small set, up to `full_passes`; and ends after ten validations that are no better."""
+    encoder = make_encoder()
+    pool = make_pool(encoder, 1)
+    whole, looks = WholeGraph(pool.tag), []
+
+    def validation(worth):
+        looks.append(worth(len(looks)))
+        return looks[-1]
+
+    for worth, passes in [(lambda look: look / 99, 30), (lambda look: 0.5, 11)]:
+        looks.clear()
+        monkeypatch.setattr("talk_dist.runtime.full.student_accuracy", lambda *_, worth=worth: validation(worth))
+        settings = quick(seeds=1, full_passes=30, full_epochs=0)
+        recipe = dataclasses.replace(settings.recipe, select_every=1)
+        reference(whole, pool, encoder, dataclasses.replace(settings, recipe=recipe))
+        assert len(looks) == passes
+
+
 def test_smoothed_labels_of_the_reference_are_those_of_a_small_set(make_encoder, make_pool):
     """Class indices with torch's smoothing train the student that the probabilities `smoothed` train."""
     encoder = make_encoder()

@@ -232,6 +232,15 @@ def test_a_selected_student_is_the_best_of_those_asked():
     assert (result.selected, result.loss, kept) == (0.8, 3.0, 4.0)
 
 
+@pytest.mark.parametrize(("patience", "passes"), [(0, 12), (1, 6), (2, 8), (3, 12)])
+def test_training_ends_where_validation_no_longer_rises(patience, passes):
+    """After so many answers in a row that are no better; what was best stays."""
+    answers = {2.0: 0.1, 4.0: 0.5, 6.0: 0.5, 8.0: 0.2, 10.0: 0.6, 12.0: 0.6}
+    settings = {"select_every": 2, "select_patience": patience}
+    result, kept = scripted([9.0] * 12, answers.__getitem__, **settings)
+    assert (result.passes, kept) == (passes, 10.0 if passes == 12 else 4.0)
+
+
 @pytest.mark.parametrize(("selected", "kept"), [(0.5, 3.0), (0.7, 0.0)])
 def test_the_start_remains_if_nothing_is_better(selected, kept):
     result, found = scripted([9.0, 8.0, 7.0], lambda _: 0.7, selected=selected)
