@@ -8,6 +8,7 @@ from talk_dist.presets import preset
 from tuning.space import configured
 
 SMALL = {
+    "seed": 1,
     "synthetic.size": 6,
     "synthetic.tokens": 4,
     "two_stage.feature_steps": 6,

@@ -23,6 +23,7 @@ CONFIG = DistillConfig(
     kernel=KernelConfig(block=16),
     student=StudentConfig(hidden=16),
     inner=InnerConfig(passes=40, gnn_lr=0.02),
+    outer=OuterConfig(targets="labels"),
     two_stage=TwoStageConfig(feature_steps=0, student_steps=40, student_passes=30, validate_every=10, feature_lr=0.05),
 )
 
@@ -55,7 +56,7 @@ def mean_loss(features, labels, h_s, y_s, config, seeds):
 def test_gradient_is_that_of_the_dense_whole(graph, tags, table_encoder, make_pool, start):
     """In any sharding; all rows at once, one block."""
     h_s, y_s = start
-    config = replace(CONFIG, kernel=KernelConfig(), outer=OuterConfig(rows=0))
+    config = replace(CONFIG, kernel=KernelConfig(), outer=OuterConfig(rows=0, targets="labels"))
     encoder = table_encoder()
     features, labels = real_rows(graph, encoder, tags)
     found = [student_gradient(make_pool(encoder, parts, architecture="sgc"), h_s, y_s, config, 3) for parts in (1, 7)]
