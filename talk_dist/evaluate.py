@@ -70,6 +70,11 @@ class EvaluateConfig:
             full_epochs=(self.full_epochs >= 0, self.full_epochs, "not negative"),
         )
 
+    def full_recipe(self, rate: float) -> InnerConfig:
+        """`recipe` for the full training set, at this learning rate: on while validation rises."""
+        patient = {"patience": self.full_passes, "select_patience": FULL_PATIENCE}
+        return dataclasses.replace(self.recipe, gnn_lr=rate, passes=self.full_passes, **patient)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -150,9 +155,7 @@ def reference(
 
     def everything(choice: tuple[float, float], epochs: int) -> TrainingSet:
         rate, share = choice
-        patient = {"patience": config.full_passes, "select_patience": FULL_PATIENCE}
-        recipe = dataclasses.replace(config.recipe, gnn_lr=rate, passes=config.full_passes, **patient)
-        return full_set(whole, pool, encoder, recipe, epochs, share)
+        return full_set(whole, pool, encoder, config.full_recipe(rate), epochs, share)
 
     def trained(choice: tuple[float, float], epochs: int) -> list[Trained]:
         encoder.reset_adapters(0)  # whatever was tried before

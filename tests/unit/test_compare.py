@@ -70,7 +70,9 @@ def test_a_row_is_what_evaluate_says(plan, told, tags, make_encoder, tmp_path):
     encoder, config = make_encoder(), DistillConfig()
     pool = LocalPool(tags[2], encoder, config.kernel, config.runtime)
     medoid = laboratory.SyntheticTAG.from_pretrained(tmp_path / "out" / "sets" / "toy-split_0-medoid-6-frozen")
-    expected = evaluate(pool, encoder, medoid, config, EvaluateConfig(seeds=2, against=("full", "medoid"), full_lr=(5e-3,)))
+    expected = evaluate(
+        pool, encoder, medoid, config, EvaluateConfig(seeds=2, against=("full", "medoid"), full_lr=(5e-3,))
+    )
     for name, row in zip(("medoid", "full"), expected, strict=False):
         assert rows[name]["accuracy"] == list(row.accuracy)
         assert rows[name]["val_accuracy"] == list(row.val_accuracy)
