@@ -205,7 +205,7 @@ class OuterConfig:
     """AdamW weight decay of the token embeddings."""
     targets: Literal["labels", "teacher"] = "teacher"
     """What the kernel predictor, and students in stage one, are to say: the labels of the training rows (the paper's),
-    or, of every row, what a student trained on them says (benchmarks/results/teacher.md)."""
+    and, of every other row, what a student trained on them says (benchmarks/results/teacher.md)."""
     loss: Literal["mse", "ce"] = "mse"
     """Squared error (the paper's) or cross-entropy with a learned temperature."""
     temperature_lr: float = 0.05

@@ -136,6 +136,10 @@ class Partition:
             return np.arange(self.num_own)
         return np.flatnonzero((self.split == SPLITS.index(split)) & (self.label >= 0))
 
+    def trains(self, rows: np.ndarray) -> np.ndarray:
+        """Which of own ``rows`` are labelled training rows."""
+        return (self.split[rows] == SPLITS.index("train")) & (self.label[rows] >= 0)
+
 
 def content_hash(meta: dict[str, Any]) -> str:
     """sha256 hex of a META.json, which holds the hash of every file; its own ``hash`` left out."""

@@ -30,7 +30,7 @@ Share = tuple[int, int]  # which one, of how many
 @dataclass(frozen=True)
 class LossSpec:
     """Which loss, its current log temperature, and what the scores are compared with: "labels" of the training rows,
-    or what the "teacher" says of every row; of these rows a share at random, of which another."""
+    or these and what the "teacher" says of every other row; of these rows a share at random, of which another."""
 
     kind: str
     log_temperature: float = 0.0

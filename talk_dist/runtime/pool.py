@@ -58,7 +58,7 @@ class ShardPool(Protocol):
         """Encode all texts, exchange halos, propagate; False and nothing to do if these adapters are current."""
 
     def learn(self, teacher: StudentState) -> None:
-        """Targets of every row are what this teacher says of it, until the next encoding."""
+        """Targets of all but training rows are what this teacher says of them, until the next encoding."""
 
     def loss_and_grads(self, h_s: np.ndarray, dual: np.ndarray, loss: LossSpec) -> ShardGrads:
         """Loss and gradient sums over all training rows."""

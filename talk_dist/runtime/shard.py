@@ -245,19 +245,23 @@ class Shard:
     # -- the teacher --------------------------------------------------------------------------------------
 
     def learn(self, teacher: StudentState) -> None:
-        """Targets are the class probabilities that the teacher gives P^2 H of a node by itself (Z's halo must be
-        there), worked out for the rows whose turn it is. Forgotten with the encodings."""
+        """Targets of all but the training rows are the class probabilities that the teacher gives P^2 H of a node by
+        itself (Z's halo must be there), worked out for the rows whose turn it is. Forgotten with the encodings."""
         self._teacher = teacher.build().to(self.device, self.dtype)
 
     def _wanted(self, rows: np.ndarray, loss: LossSpec) -> Tensor:
         """What the scores of own ``rows`` are compared with (len(rows), C)."""
+        wanted = one_hot(self.part.label[rows], self.num_classes).to(self.dtype)
         if loss.targets == "labels":
-            return one_hot(self.part.label[rows], self.num_classes)
+            return wanted
         if self._teacher is None:
             raise ConfigError('outer.targets = "teacher": nobody has taught these shards since they encoded')
-        parts = [rows[start : start + ALONE_ROWS] for start in range(0, max(1, len(rows)), ALONE_ROWS)]
-        with torch.no_grad():
-            return torch.cat([self._teacher(self._tensor(self._smoothed(some))).softmax(1) for some in parts])
+        unknown = np.flatnonzero(~self.part.trains(rows))
+        for start in range(0, len(unknown), ALONE_ROWS):
+            some = unknown[start : start + ALONE_ROWS]
+            with torch.no_grad():
+                wanted[some] = self._teacher(self._tensor(self._smoothed(rows[some]))).softmax(1).cpu()
+        return wanted
 
     def _smoothed(self, rows: np.ndarray) -> np.ndarray:
         """P^2 H (len(rows), d) float32, or what the kernel starts from where all hops come first."""

@@ -93,7 +93,7 @@ def teacher():
 def test_objective_with_a_teacher_is_autograd_of_the_dense_whole(
     graph, tags, table_encoder, make_pool, synthetic, teacher, parts, propagation, loss
 ):
-    """All rows, labelled or not, against what the teacher says of P^2 H of each node by itself."""
+    """All rows: training rows against their labels, others against what the teacher says of P^2 H of each by itself."""
     encoder = table_encoder()
     pool = make_pool(encoder, parts, propagation=propagation)
     pool.learn(StudentState.of(teacher))
@@ -104,6 +104,7 @@ def test_objective_with_a_teacher_is_autograd_of_the_dense_whole(
     p, h_t = reference.propagation(graph.adjacency, propagation), dense_encodings(graph, encoder, tags)
     alone = torch.eye(len(h_t), dtype=torch.float64)
     said = reference.student(teacher, p @ p @ h_t, alone).softmax(1)
+    said[graph.rows("train")] = torch.eye(3, dtype=said.dtype)[graph.label[graph.rows("train")]]
     _, every_norm = reference.joint_ntk(p, h_t, h_s.detach(), 2, 1)
     k_ts = reference.kernel_ts(p, h_t, h_s, [n[: len(h_t)] for n in every_norm], 1)
     truth = reference.krr_loss(reference.kernel_ss(h_s, 2, 1), k_ts, y_s, said, 1e-2, loss, log_t)
@@ -173,7 +174,9 @@ def test_a_students_gradient_is_autograd_on_propagated_rows_by_themselves(
     features = (p @ p @ dense_encodings(graph, encoder, tags)).float()
     wanted, rows = torch.from_numpy(graph.label).long(), graph.rows("train")
     if targets == "teacher":
+        known = rows
         wanted, rows = teacher(features).softmax(1).detach(), np.arange(len(features))
+        wanted[known] = torch.eye(3)[graph.label[known]]
     truth = cross_entropy(student(features[rows]), wanted[rows], reduction="sum")
     expected = torch.autograd.grad(truth, list(student.parameters()), materialize_grads=True)
     for parts in PARTS:
