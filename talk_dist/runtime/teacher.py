@@ -1,10 +1,10 @@
 """The teacher: a student of everything, which says what the kernel predictor is to say of rows that have no label.
 
 The labels of the training rows are few; what a trained student says of all others are many more and softer, and a
-synthetic set fitted to both overfits later (self-training: Lee 2013; distillation: Hinton et al. 2015). The teacher sees
-propagated encodings P^2 H of nodes by themselves, as a student sees synthetic nodes: so it is trained in the driver on a
-bounded sample of training rows, chosen on one of validation rows, and applied by each shard to its own rows without any
-exchange.
+synthetic set fitted to both overfits later (self-training: Lee 2013; distillation: Hinton et al. 2015). The teacher
+sees propagated encodings P^2 H of nodes by themselves, as a student sees synthetic nodes: so it is trained in the
+driver on a bounded sample of training rows, chosen on one of validation rows, and applied by each shard to its own rows
+without any exchange.
 """
 
 from __future__ import annotations
