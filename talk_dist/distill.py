@@ -77,6 +77,7 @@ def distill(
         record["best"] = state.offer(record["val_accuracy"])
         seconds: dict[str, Any] = meter.take()
         if state.epoch < config.outer_epochs:
+            real.teach(tell.progress)
             record["loss"], seconds["steps"] = outer_steps(state, encoder, objective, config, tell)
         record["seconds"] = seconds | {"epoch": round(time.monotonic() - started, 3)}
         record["vitals"] = asdict(pool.vitals())

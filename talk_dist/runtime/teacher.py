@@ -81,22 +81,20 @@ class _Rows:
 
 
 class RealSide:
-    """The real graph as the method sees it: encoded and, if `outer.targets` wants one, with a teacher's word on it."""
+    """The real graph as the method sees it: encoded and, where steps want it (`outer.targets`), with a teacher's word
+    on it."""
 
     def __init__(self, pool: ShardPool, config: DistillConfig):
         self.pool, self.config = pool, config
-        self._teacher: Student | None = None  # of the present encodings
-
-    def teacher(self, report: Report) -> Student:
-        """Trained when it is asked for first; the pool must hold current encodings."""
-        if self._teacher is None:
-            self._teacher = trained_teacher(self.pool, self.config, report)
-        return self._teacher
+        self._taught = False  # with the present encodings
 
     def encode(self, encoder: Encoder, report: Report) -> None:
         """All texts with the encoder's adapters as they are now; nothing to do if that is what the pool holds."""
-        fresh = self.pool.encode(encoder.adapters(), lambda done, total: report("encode", done, total, {}))
-        if fresh:
-            self._teacher = None
-        if self.config.outer.targets == "teacher" and self._teacher is None:
-            self.pool.learn(StudentState.of(self.teacher(report)))
+        if self.pool.encode(encoder.adapters(), lambda done, total: report("encode", done, total, {})):
+            self._taught = False
+
+    def teach(self, report: Report) -> None:
+        """Before the first step on these encodings: what only validates needs no teacher."""
+        if self.config.outer.targets == "teacher" and not self._taught:
+            self.pool.learn(StudentState.of(trained_teacher(self.pool, self.config, report)))
+            self._taught = True

@@ -84,6 +84,7 @@ def initialise(
         found = Optimised(cut_off.tensors["h_s"], **cut_off.facts)
     else:
         start = torch.from_numpy(class_centres(sample, counts, config.seed, blocks))
+        real.teach(report)
         found = optimise_encodings(pool, start, classes, config, report, starting)
     if given:
         return Start(found.h_s[:, None], y_s, found.log_temperature, found.history)

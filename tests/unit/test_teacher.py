@@ -102,15 +102,20 @@ def test_it_stops_when_validation_no_longer_rises(make_encoder, make_pool, monke
         assert told == [(10 * (look + 1), 100) for look in range(looks)]
 
 
-def test_shards_are_taught_once_an_encoding(make_encoder, make_pool):
+def test_shards_are_taught_once_an_encoding(make_encoder, make_pool, monkeypatch):
     """And what the shards then follow is that teacher."""
     encoder = make_encoder()
     pool = make_pool(encoder, 2)
-    real = RealSide(pool, CONFIG)
+    real, trained = RealSide(pool, CONFIG), []
+    monkeypatch.setattr(
+        module, "trained_teacher", lambda *given: trained.append(trained_teacher(*given)) or trained[-1]
+    )
     real.encode(encoder, nothing)
-    teacher = real.teacher(nothing)
-    real.encode(encoder, nothing)
-    assert real.teacher(nothing) is teacher
+    assert not trained
+    for _ in range(2):
+        real.teach(nothing)
+        real.encode(encoder, nothing)
+    (teacher,) = trained
     student = Student(CONFIG.student, encoder.width, 3, 5)
     spec = LossSpec("ce", targets="teacher")
     found = pool.student_grads(StudentState.of(student), spec)
