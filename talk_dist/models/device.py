@@ -1,12 +1,15 @@
-"""Which device an encoder takes, and whether it multiplies bfloat16 there."""
+"""Which device an encoder takes, and which number formats it multiplies in there."""
 
 from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from talk_dist.errors import ConfigError
 
@@ -36,6 +39,26 @@ def bfloat16(precision: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+
+
+class SingleAttention(TorchFunctionMode):
+    """Inside, attention runs in float32, whatever autocast says of the products around it.
+
+    For CPUs: there torch's bfloat16 attention is no faster forward and takes 2.5 to 8 times as long backward.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+
+        def single(value: Any) -> Any:
+            return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        first = args[0] if args else kwargs["query"]
+        with torch.autocast(first.device.type, enabled=False):
+            heads = func(*map(single, args), **{name: single(value) for name, value in kwargs.items()})
+        return heads.to(first.dtype)
 
 
 def _cpu_flags() -> str:

@@ -22,7 +22,7 @@ from talk_dist.data.given import given_width
 from talk_dist.data.tag import TokenLists
 from talk_dist.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer, quiet, resolve_checkpoint
 from talk_dist.errors import ConfigError
-from talk_dist.models.device import bfloat16, give_back_memory, pick_device
+from talk_dist.models.device import SingleAttention, bfloat16, give_back_memory, pick_device
 from talk_dist.models.given import GivenEncoder
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import cut, fit_adapters, fit_encodings
@@ -53,6 +53,7 @@ class TextEncoder:
         self.model.to(self.device).eval()
         self._split = Split(self.model, config.name, self.frozen_layers, self.device) if self.frozen_layers else None
         self.autocast = bfloat16(config.precision, self.device)
+        self._single_attention = self.autocast and self.device.type == "cpu"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -74,7 +75,8 @@ class TextEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 hex of the frozen weights and of how they are used: what a cache of encodings depends on."""
-        digest = hashlib.sha256(f"{self.pooling} {self.autocast} {self.device.type}".encode())
+        used = f"{self.pooling} {self.autocast} {self._single_attention} {self.device.type}"
+        digest = hashlib.sha256(used.encode())
         for name, weight in sorted(self.model.state_dict().items()):
             if "lora_" not in name:
                 digest.update(name.replace(".base_layer", "").encode())
@@ -235,7 +237,8 @@ class TextEncoder:
 
     def _forward(self, mask: Tensor, **inputs: Tensor) -> Tensor:
         mask = mask.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        attention = SingleAttention() if self._single_attention else nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast), attention:
             states = self.model(attention_mask=mask, **inputs).last_hidden_state
         if self.pooling == "cls":
             return states[:, 0]
