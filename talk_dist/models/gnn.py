@@ -127,9 +127,10 @@ class Student(nn.Module):
 
 
 def dropped(x: Tensor, share: float) -> Tensor:
-    """Dropout from 16 random bits a number, so that ``share`` is rounded to a multiple of 2^-16. torch's own draws on a
-    CPU, a uniform number for each, are a third of a student's training."""
+    """Dropout from 16 random bits a number, so that ``share`` is rounded to a multiple of 2^-16. On a CPU torch's own
+    draws, a uniform number for each, are a third of a student's training, and filling by a mask, forward and backward,
+    takes four times as long as a product."""
     share = min(round(share * 65536), 65535) / 65536
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    drop = words.view(torch.int16)[: x.numel()].view(x.shape) < share * 65536 - 32768
-    return x.masked_fill(drop, 0.0).mul_(1.0 / (1.0 - share))
+    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= share * 65536 - 32768
+    return x * kept.to(x.dtype).mul_(1.0 / (1.0 - share))
