@@ -122,9 +122,9 @@ def student(model, x, a):
     for index in range(model.config.depth):
         layer = f"layers.{index}"
         if kind == "gcn":
-            x = sym @ linear(f"{layer}.lin", x) + weights[f"{layer}.bias"]
+            x = linear(layer, sym @ x)
         elif kind == "sage":
-            x = linear(f"{layer}.lin_l", mean @ x) + linear(f"{layer}.lin_r", x)
+            x = linear(f"{layer}.0", mean @ x) + linear(f"{layer}.1", x)
         else:
             x = attention(index, x)
         if index < model.config.depth - 1:

@@ -21,7 +21,7 @@ from talk_dist.runtime.shard import ENCODED_ROWS
 from talk_dist.runtime.speed import STEP_SECONDS, Evaluation, adapted_layers, layers_again, work
 from talk_dist.runtime.student_pass import MADE, STAGE_BYTES
 
-BASE_BYTES = 500 << 20  # a process that has used torch, transformers and torch-geometric: their code and tables
+BASE_BYTES = 460 << 20  # a process that has used torch and transformers: their code and tables
 DRIVER_BYTES = 20 << 20  # what the command line and scikit-learn add
 RAY_BYTES = 60 << 20  # what a connection to Ray adds
 DEEPSPEED_BYTES = 150 << 20  # what DeepSpeed and its process group add

@@ -213,4 +213,4 @@ def test_students_of_one_seed_are_alike_and_of_another_not():
     config = settings().student
     one, two, other = (Student(config, 8, 3, seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.layers[0].lin.weight, other.layers[0].lin.weight)
+    assert not torch.equal(one.layers[0].weight, other.layers[0].weight)

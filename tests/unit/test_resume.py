@@ -34,9 +34,7 @@ def run_quietly(arguments, output):
 
 @pytest.fixture(scope="module")
 def forks():
-    FORKS.set_forkserver_preload(
-        ["talk_dist.cli", "transformers.models.bert.modeling_bert", "peft", "torch_geometric.nn", __name__]
-    )
+    FORKS.set_forkserver_preload(["talk_dist.cli", "transformers.models.bert.modeling_bert", "peft", __name__])
     return FORKS
 
 
