@@ -79,9 +79,10 @@ class Distill:
         synthetic = distill(pool, encoder, config, [call.stop, lines, log, *where.callbacks], checkpoint)
         about = {"command": call.command, "readings": readings(synthetic, encoder)}
         synthetic = replace(synthetic, config=synthetic.config | about)
-        folder.remove(EVALUATION, PICTURE)  # of an artifact that is about to be replaced
         artifact = folder.path(ARTIFACT)
-        synthetic.save_pretrained(artifact)
+        if not synthetic.stored_at(artifact):  # a finished run, again: what it was found to be worth stays
+            folder.remove(EVALUATION, PICTURE)
+            synthetic.save_pretrained(artifact)
         call.lap("distill")
         if self.evaluate:
             _evaluate(call, pool, encoder, synthetic, config, evaluation, artifact, folder)

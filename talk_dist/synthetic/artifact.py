@@ -124,10 +124,26 @@ class SyntheticTAG:
         from talk_dist.synthetic.card import card  # the card reads this class
 
         with storage.publish_folder(path, marker=CONFIG) as folder:
-            (folder / TENSORS).write_bytes(save_safetensors(self.tensors(), {"format": "pt"}))
+            (folder / TENSORS).write_bytes(self._tensor_file())
             (folder / METRICS).write_bytes(storage.to_json(self.metrics))
             (folder / CARD).write_text(card(self), encoding="utf-8")
             (folder / CONFIG).write_bytes(storage.to_json(self.config))
+
+    def stored_at(self, path: str | Path) -> bool:
+        """Whether this very set is there already, made from the same graph and by the same settings."""
+
+        def made(config: dict[str, Any]) -> bytes:
+            return storage.to_json(config | {"command": ""})
+
+        tensors, config = (storage.join(path, name) for name in (TENSORS, CONFIG))
+        return (
+            storage.exists(config)
+            and made(storage.read_json(config)) == made(self.config)
+            and storage.read_bytes(tensors) == self._tensor_file()
+        )
+
+    def _tensor_file(self) -> bytes:
+        return save_safetensors(self.tensors(), {"format": "pt"})
 
     @staticmethod
     def from_pretrained(path: str | Path) -> SyntheticTAG:

@@ -142,6 +142,19 @@ def test_distill_leaves_what_it_says(finished):
     assert (finished / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_a_result_was_found_to_be_worth_goes_only_with_the_result(finished, tags, encoder_folder, tmp_path):
+    """A finished run again leaves its evaluation; another result takes it away."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    settings = {"data": tags[2].path, "out": run, "encoder.name": encoder_folder} | SMALL
+    worth = ["evaluation.md", "run.png", "synthetic/metrics.json", "synthetic/README.md"]
+    before = [(run / name).read_bytes() for name in worth]
+    assert main(["distill", *flat(settings)]) == 0
+    assert [(run / name).read_bytes() for name in worth] == before
+    assert main(["distill", *flat(settings | {"seed": 1, "resume": "never"})]) == 0
+    assert not {"evaluation.md", "run.png"} & {path.name for path in run.iterdir()}
+    assert "evaluation" not in SyntheticTAG.from_pretrained(run / "synthetic").metrics
+
+
 def test_inspect_an_artifact_or_the_run_around_it(finished, told):
     out, _ = told("inspect", finished)
     assert out == told("inspect", finished / "synthetic")[0]
@@ -265,18 +278,19 @@ def test_evaluating_on_another_graph(finished, tags, graph, prepare_graph, told,
     assert "classes" in err
 
 
-def test_a_full_disk_is_one_message(finished, tags, encoder_folder, told, monkeypatch):
-    before = (finished / "synthetic" / "synthetic.safetensors").read_bytes()
+def test_a_full_disk_is_one_message(finished, tags, encoder_folder, told, monkeypatch, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "synthetic" / "synthetic.safetensors").read_bytes()
 
     def full(self, path):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(SyntheticTAG, "save_pretrained", full)
-    settings = {"data": tags[2].path, "out": finished, "encoder.name": encoder_folder}
+    settings = {"data": tags[2].path, "out": run, "encoder.name": encoder_folder, "seed": 1, "resume": "never"}
     _, err = told("distill", *flat(settings | SMALL), code=2)
     assert "No space left on device" in err
     assert "is whole: make room" in err
-    assert (finished / "synthetic" / "synthetic.safetensors").read_bytes() == before
+    assert (run / "synthetic" / "synthetic.safetensors").read_bytes() == before
 
 
 def test_a_folder_that_another_run_holds(tags, encoder_folder, told, tmp_path):
