@@ -105,10 +105,7 @@ class Split:
             with self.above(self.below(run)):
                 again = run()
         if not torch.allclose(again, whole, rtol=0, atol=SAME * float(whole.abs().max())):
-            raise ConfigError(
-                f"encoder.adapted_layers: the layers of {name!r} hand on more than hidden states, so that encodings "
-                "cannot start between them; set it to 0 (all)"
-            )
+            raise self._refused("hand on more than hidden states")
 
     @contextmanager
     def kept(self, lower: Lower, tokens: TokenLists, rows: np.ndarray, run: Callable[[], object]) -> Iterator[None]:
@@ -134,6 +131,8 @@ class Split:
         seen: list[Tensor] = []
         with _stand_in(self._above, lambda hidden_states, *_, **__: self._returned(seen, hidden_states)):
             run()
+        if not seen:
+            raise self._refused("are not called one after the other")
         return seen[0]
 
     @contextmanager
@@ -153,6 +152,12 @@ class Split:
                 yield
         finally:
             handle.remove()
+
+    def _refused(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"encoder.adapted_layers: the layers of {self._name!r} {why}, so that encodings cannot start between them; "
+            "set it to 0 (all)"
+        )
 
     def _returned(self, seen: list[Tensor], hidden_states: Tensor) -> Any:
         seen.append(hidden_states)

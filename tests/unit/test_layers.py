@@ -152,9 +152,20 @@ class Biased(nn.Module):
         return SimpleNamespace(last_hidden_state=x)
 
 
-def test_layers_that_hand_on_more_than_hidden_states_are_refused():
-    with pytest.raises(ConfigError, match=r"layers of 'biased' hand on more than hidden states.*set it to 0"):
-        Split(Biased(), "biased", 1, torch.device("cpu"))
+class Skipping(Biased):
+    """A model that takes its last layer apart."""
+
+    def forward(self, input_ids, attention_mask):
+        x, _ = self.block[0](input_ids[..., None].float(), None)
+        return SimpleNamespace(last_hidden_state=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"), [(Biased, "hand on more than hidden states"), (Skipping, "are not called one after the other")]
+)
+def test_layers_between_which_encodings_cannot_start_are_refused(model, why):
+    with pytest.raises(ConfigError, match=rf"layers of 'odd' {why}.*set it to 0"):
+        Split(model(), "odd", 1, torch.device("cpu"))
 
 
 # -- encodings from what is kept ----------------------------------------------------------------------------
