@@ -130,17 +130,17 @@ class SyntheticTAG:
             (folder / CONFIG).write_bytes(storage.to_json(self.config))
 
     def stored_at(self, path: str | Path) -> bool:
-        """Whether this very set is there already, made from the same graph and by the same settings."""
+        """Whether this very set is there already and whole, made from the same graph and by the same settings."""
 
         def made(config: dict[str, Any]) -> bytes:
             return storage.to_json(config | {"command": ""})
 
-        tensors, config = (storage.join(path, name) for name in (TENSORS, CONFIG))
-        return (
-            storage.exists(config)
-            and made(storage.read_json(config)) == made(self.config)
-            and storage.read_bytes(tensors) == self._tensor_file()
-        )
+        try:
+            there = SyntheticTAG.from_pretrained(path)
+        except (DataError, FileNotFoundError):  # nothing, or something damaged
+            return False
+        same = storage.read_bytes(storage.join(path, TENSORS)) == self._tensor_file()
+        return same and made(there.config) == made(self.config)
 
     def _tensor_file(self) -> bytes:
         return save_safetensors(self.tensors(), {"format": "pt"})

@@ -143,16 +143,26 @@ def test_distill_leaves_what_it_says(finished):
 
 
 def test_what_a_result_was_found_to_be_worth_goes_only_with_the_result(finished, tags, encoder_folder, tmp_path):
-    """A finished run again leaves its evaluation; another result takes it away."""
+    """A finished run again leaves its evaluation; another result takes it away. What is damaged is made again."""
     run = shutil.copytree(finished, tmp_path / "run")
     settings = {"data": tags[2].path, "out": run, "encoder.name": encoder_folder} | SMALL
     worth = ["evaluation.md", "run.png", "synthetic/metrics.json", "synthetic/README.md"]
     before = [(run / name).read_bytes() for name in worth]
     assert main(["distill", *flat(settings)]) == 0
     assert [(run / name).read_bytes() for name in worth] == before
-    assert main(["distill", *flat(settings | {"seed": 1, "resume": "never"})]) == 0
-    assert not {"evaluation.md", "run.png"} & {path.name for path in run.iterdir()}
-    assert "evaluation" not in SyntheticTAG.from_pretrained(run / "synthetic").metrics
+    again, artifact = settings | {"seed": 1}, run / "synthetic"
+    damages = [
+        lambda: again.update(resume="never"),
+        lambda: (again.pop("resume"), (artifact / "metrics.json").unlink()),
+        lambda: (artifact / "config.json").write_bytes(b"{"),
+        lambda: (artifact / "synthetic.safetensors").write_bytes(b"{"),
+    ]
+    for damage in damages:
+        damage()
+        (run / "evaluation.md").write_text("of something else")
+        assert main(["distill", *flat(again)]) == 0
+        assert not {"evaluation.md", "run.png"} & {path.name for path in run.iterdir()}
+        assert "evaluation" not in SyntheticTAG.from_pretrained(artifact).metrics
 
 
 def test_inspect_an_artifact_or_the_run_around_it(finished, told):

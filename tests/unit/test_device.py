@@ -21,7 +21,8 @@ def heads():
 def test_attention_is_that_of_float32_and_its_gradient_too(heads, kind):
     """To the bit, rounded to the format of the query; so the kernel is not autocast's."""
     parts, masks = heads
-    rounded, exact = ([x.detach().to(kind).requires_grad_() for x in parts] for kind in (torch.bfloat16, torch.float32))
+    formats = torch.bfloat16, torch.float32
+    rounded, exact = ([x.detach().to(number).requires_grad_() for x in parts] for number in formats)
     with torch.autocast("cpu", torch.bfloat16), SingleAttention():
         mine = scaled_dot_product_attention(*rounded, attn_mask=masks[kind])
     truth = scaled_dot_product_attention(*exact, attn_mask=masks[kind])
