@@ -28,7 +28,6 @@ from talk_dist.synthetic.coresets import allocate
 from talk_dist.training_sets import TrainingSet, coreset_tag, full_set, token_set
 
 FULL_PATIENCE = 10  # validations without a better one
-CHOOSERS = 3  # students of each learning rate and label smoothing, by which the full training set's are chosen
 Against = Literal["full", "random", "herding", "kcenter", "medoid"]
 
 
@@ -45,7 +44,7 @@ class EvaluateConfig:
     recipe: InnerConfig = field(default_factory=lambda: InnerConfig(patience=50))
     """How every student is trained, whatever it is trained on."""
     full_lr: tuple[float, ...] = (5e-3, 2e-2)
-    """Learning rates among which the full training set has its own chosen, by three students on validation nodes."""
+    """Learning rates among which the full training set has its own chosen, on validation nodes."""
     full_label_smoothing: tuple[float, ...] = (0.0, 0.1)
     """The same for the share of its labels that is spread over all classes, as `synthetic.label_smoothing` of small
     sets: on some graphs a reference without it is the weaker one."""
@@ -70,12 +69,6 @@ class EvaluateConfig:
             full_passes=(self.full_passes >= 1, self.full_passes, "at least 1"),
             full_epochs=(self.full_epochs >= 0, self.full_epochs, "not negative"),
         )
-
-    @property
-    def full_students(self) -> int:
-        """How many students the full training set trains, those of the choices that are not taken included."""
-        choices = len(self.full_lr) * len(self.full_label_smoothing)
-        return choices * min(self.seeds, CHOOSERS) + max(0, self.seeds - CHOOSERS)
 
     def full_recipe(self, rate: float) -> InnerConfig:
         """`recipe` for the full training set, at this learning rate: on while validation rises."""
@@ -164,18 +157,18 @@ def reference(
         rate, share = choice
         return full_set(whole, pool, encoder, config.full_recipe(rate), epochs, share)
 
-    def trained(choice: tuple[float, float], epochs: int) -> Iterator[Trained]:
+    def trained(choice: tuple[float, float], epochs: int) -> list[Trained]:
         encoder.reset_adapters(0)  # whatever was tried before
         pool.encode(encoder.adapters())
         name = "full, learning rate {:g}, label smoothing {:g}".format(*choice)
-        yield from students(dataclasses.replace(everything(choice, epochs), name=name), pool, encoder, config, progress)
+        return list(
+            students(dataclasses.replace(everything(choice, epochs), name=name), pool, encoder, config, progress)
+        )
 
-    choices = list(itertools.product(config.full_lr, config.full_label_smoothing))
-    running = {choice: trained(choice, 0) for choice in choices}
-    tried = {choice: list(itertools.islice(running[choice], CHOOSERS)) for choice in choices}
+    tried = {choice: trained(choice, 0) for choice in itertools.product(config.full_lr, config.full_label_smoothing)}
     best = max(tried, key=lambda choice: float(np.mean([each.val_accuracy for each in tried[choice]])))
     joint = encoder.adapted and config.full_epochs > 0
-    found = list(trained(best, config.full_epochs)) if joint else [*tried[best], *running[best]]
+    found = trained(best, config.full_epochs) if joint else tried[best]
     row = tested(everything(best, config.full_epochs), found, pool, encoder)
     return dataclasses.replace(row, chosen={"gnn_lr": best[0], "label_smoothing": best[1]})
 

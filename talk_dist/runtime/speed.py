@@ -36,7 +36,9 @@ class Evaluation(Protocol):
     @property
     def recipe(self) -> InnerConfig: ...
     @property
-    def full_students(self) -> int: ...
+    def full_lr(self) -> tuple[float, ...]: ...
+    @property
+    def full_label_smoothing(self) -> tuple[float, ...]: ...
     @property
     def full_epochs(self) -> int: ...
 
@@ -103,16 +105,17 @@ def work(
         small = 1 + sum(name != "full" for name in evaluation.against)
         checks = evaluation.recipe.passes // evaluation.recipe.select_every + 1
         one = evaluation.recipe.passes * (upper + student) + checks * scores
-        full, full_passes = "full" in evaluation.against, min(evaluation.full_passes, FULL_PASSES)
-        whole = evaluation.full_students * (3 + 1 / evaluation.recipe.select_every) * full_passes * scores
+        choices = len(evaluation.full_lr) * len(evaluation.full_label_smoothing)
+        full_passes = min(evaluation.full_passes, FULL_PASSES)
+        whole = choices * (3 + 1 / evaluation.recipe.select_every) * full_passes * scores
         if adapters:  # after the student on the encodings as they are
             asked = evaluation.recipe.passes // evaluation.recipe.adapter_select_every + 1
             one += evaluation.recipe.passes * student + (asked + 2) * again
-            joint = evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again
-            whole += evaluation.seeds * joint + 2 * again * evaluation.full_students
-        flop["evaluate"] = evaluation.seeds * small * one + full * whole
-        passes = evaluation.full_students * full_passes
-        steps["evaluate"] = evaluation.seeds * small * evaluation.recipe.passes + full * passes
+            whole += evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again * (choices + 1)
+        full = "full" in evaluation.against
+        flop["evaluate"] = evaluation.seeds * (small * one + full * whole)
+        passes = small * evaluation.recipe.passes + full * choices * full_passes
+        steps["evaluate"] = evaluation.seeds * passes
     return flop, steps
 
 

@@ -91,9 +91,8 @@ def test_more_work_costs_more(tags):
     plain = with_values(config, synthetic={"init": "medoid"}, outer={"targets": "labels"})
     assert seconds(plain)["initialise"] == 0
     assert seconds(with_values(plain, outer={"targets": "teacher"}))["initialise"] > 0
-    one, three, nine = (seconds(config, EvaluateConfig(seeds=n))["evaluate"] for n in (1, 3, 9))
-    assert three == pytest.approx(3 * one)
-    assert three < nine < 3 * three  # the full set's rate and labels are chosen by three
+    few, many = (seconds(config, EvaluateConfig(seeds=n))["evaluate"] for n in (1, 4))
+    assert many == pytest.approx(4 * few)
 
 
 def test_memory_grows_with_what_is_held(tags):
