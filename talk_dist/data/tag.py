@@ -134,11 +134,11 @@ class Partition:
         """Own rows (ascending) that are in ``split`` and labelled; ``all``: every own row, labelled or not."""
         if split == "all":
             return np.arange(self.num_own)
-        return np.flatnonzero((self.split == SPLITS.index(split)) & (self.label >= 0))
+        return np.flatnonzero(self.labelled(split, slice(None)))
 
-    def trains(self, rows: np.ndarray) -> np.ndarray:
-        """Which of own ``rows`` are labelled training rows."""
-        return (self.split[rows] == SPLITS.index("train")) & (self.label[rows] >= 0)
+    def labelled(self, split: str, rows: np.ndarray | slice) -> np.ndarray:
+        """Which of own ``rows`` are in ``split`` and labelled."""
+        return (self.split[rows] == SPLITS.index(split)) & (self.label[rows] >= 0)
 
 
 def content_hash(meta: dict[str, Any]) -> str:

@@ -256,7 +256,7 @@ class Shard:
             return wanted
         if self._teacher is None:
             raise ConfigError('outer.targets = "teacher": nobody has taught these shards since they encoded')
-        unknown = np.flatnonzero(~self.part.trains(rows))
+        unknown = np.flatnonzero(~self.part.labelled("train", rows))
         for start in range(0, len(unknown), ALONE_ROWS):
             some = unknown[start : start + ALONE_ROWS]
             with torch.no_grad():

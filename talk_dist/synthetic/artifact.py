@@ -136,11 +136,11 @@ class SyntheticTAG:
             return storage.to_json(config | {"command": ""})
 
         try:
-            there = SyntheticTAG.from_pretrained(path)
+            tensors = storage.read_bytes(storage.join(path, TENSORS))
+            config, _ = (storage.read_json(storage.join(path, name)) for name in (CONFIG, METRICS))
         except (DataError, FileNotFoundError):  # nothing, or something damaged
             return False
-        same = storage.read_bytes(storage.join(path, TENSORS)) == self._tensor_file()
-        return same and made(there.config) == made(self.config)
+        return tensors == self._tensor_file() and made(config) == made(self.config)
 
     def _tensor_file(self) -> bytes:
         return save_safetensors(self.tensors(), {"format": "pt"})
