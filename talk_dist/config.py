@@ -252,6 +252,11 @@ class DistillConfig:
                 f"with synthetic.discrete, synthetic.init must be two-stage (it is {self.synthetic.init}) and "
                 f"outer.epochs 0 (it is {self.outer_epochs}): outer steps move tokens off the vocabulary"
             )
+        if self.synthetic.learn_labels and not self.outer_epochs:
+            raise ConfigError(
+                "synthetic.learn_labels with outer.epochs 0: labels are learned in outer steps; set outer.epochs to at "
+                "least 1, or leave it open"
+            )
 
     @property
     def outer_epochs(self) -> int:

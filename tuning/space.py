@@ -202,9 +202,12 @@ def read_space(tree: Mapping[str, Any], base: DistillConfig) -> tuple[list[Param
             problems.append(str(error))
     if problems:
         raise ConfigError("space: " + "; ".join(problems))
+    epochs, base = space.get("outer.epochs"), configured(base, fixed)
+    if "synthetic.learn_labels" not in tree and (base.outer.epochs == 0 or (epochs and epochs.holds(0))):
+        del space["synthetic.learn_labels"]  # labels are learned in outer steps
     order = [parameter.key for parameter in default_space()]
     parameters = sorted(space.values(), key=lambda p: order.index(p.key) if p.key in order else len(order))
-    return _checked(parameters, configured(base, fixed)), fixed
+    return _checked(parameters, base), fixed
 
 
 def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[str, Any]) -> Parameter:

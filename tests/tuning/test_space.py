@@ -55,6 +55,26 @@ def test_outer_steps_are_asked_for_where_there_are_outer_epochs():
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize(
+    ("epochs", "tree", "asked"),
+    [
+        (None, {}, True),
+        (4, {}, True),
+        (0, {}, False),
+        (4, {"outer.epochs": [0, 2]}, False),
+        (4, {"outer.epochs": 0}, False),
+        (0, {"outer.epochs": [1, 2]}, False),
+    ],
+)
+def test_labels_are_learned_only_where_there_are_outer_epochs(epochs, tree, asked):
+    """Where some points have none, a trial that is to learn labels there would fail."""
+    base = configured(preset(), {"outer.epochs": epochs})
+    space, fixed = read_space(tree, base)
+    assert ("synthetic.learn_labels" in {parameter.key for parameter in space}) == asked
+    for seed in range(20):
+        suggest(space, anywhere(seed), configured(base, fixed))  # raises where a point is no configuration
+
+
 def test_given_encodings_have_one_token_and_none_to_find():
     base = configured(preset(), {"encoder.name": "given:8", "synthetic.tokens": 1})
     texts, given = ({p.key for p in read_space({}, config)[0]} for config in (preset(), base))

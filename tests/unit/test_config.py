@@ -100,6 +100,11 @@ def test_outer_epochs_left_open_are_those_that_bring_something(sections, epochs)
     assert config.to_dict()["outer"]["epochs"] == sections.get("outer", {}).get("epochs")  # still open
 
 
+def test_labels_cannot_be_learned_without_outer_epochs():
+    with pytest.raises(ConfigError, match="labels are learned in outer steps"):
+        DistillConfig.from_dict({"synthetic": {"learn_labels": True}, "outer": {"epochs": 0}})
+
+
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         OuterConfig().lr = 1.0
