@@ -180,7 +180,7 @@ class EncoderWorker:
         def one(k: int) -> Tensor:
             s = _rows(k, batch)
             rows = cut(mask, s)
-            return self.encoder.encode_embeds(x[s], rows, batch, None if seed is None else seed + s.start).cpu()
+            return self.encoder.encode_embeds(x[s], rows, batch, None if seed is None else seed + s.start)
 
         return self._share(math.ceil(len(x) / batch), one)
 

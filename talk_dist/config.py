@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from talk_dist.errors import ConfigError
 from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
-from talk_dist.schema import build, check
+from talk_dist.schema import build, check, check_types
 from talk_dist.training import InnerConfig, StudentConfig
+
+SEEDS = 2**31  # some below are sums with it, and scikit-learn's end at 2^32
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class EncoderConfig:
     """`auto` takes a GPU if there is one, else the CPU."""
 
     def __post_init__(self) -> None:
+        check_types("encoder", self)
         check(
             "encoder",
             rank=(self.rank >= 1, self.rank, "at least 1"),
@@ -86,6 +89,7 @@ class KernelConfig:
     """Memory for one chunk of rows."""
 
     def __post_init__(self) -> None:
+        check_types("kernel", self)
         check(
             "kernel",
             hops=(self.hops >= 1, self.hops, "at least 1"),
@@ -136,6 +140,7 @@ class SyntheticConfig:
     With `init: two-stage`, and without outer epochs, whose steps would move them off the vocabulary."""
 
     def __post_init__(self) -> None:
+        check_types("synthetic", self)
         whole = self.size < 1 or float(self.size).is_integer()
         check(
             "synthetic",
@@ -173,6 +178,7 @@ class TwoStageConfig:
     """Train and validate a fresh student each so many feature steps; the best encodings are kept."""
 
     def __post_init__(self) -> None:
+        check_types("two_stage", self)
         check(
             "two_stage",
             feature_steps=(self.feature_steps >= 0, self.feature_steps, "not negative"),
@@ -213,11 +219,12 @@ class OuterConfig:
     patience: int = 3
     """Stop after so many epochs without a better validation accuracy."""
     inject_batch: int = 32
-    """Synthetic nodes encoded at once during injection; changes memory, not the result."""
+    """Synthetic nodes encoded at once; changes memory, not the result, but for the draws of the adapters' dropout."""
     dropout: bool = False
     """Keep the adapters' dropout on in outer steps (its random state is replayed in injection)."""
 
     def __post_init__(self) -> None:
+        check_types("outer", self)
         check(
             "outer",
             epochs=(self.epochs is None or self.epochs >= 0, self.epochs, "not negative"),
@@ -247,6 +254,8 @@ class DistillConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     def __post_init__(self) -> None:
+        check_types("", self)
+        check("", seed=(0 <= self.seed < SEEDS, self.seed, f"from 0 to {SEEDS - 1}"))
         if self.synthetic.discrete and (self.synthetic.init != "two-stage" or self.outer_epochs):
             raise ConfigError(
                 f"with synthetic.discrete, synthetic.init must be two-stage (it is {self.synthetic.init}) and "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from talk_dist.config import DistillConfig
+from talk_dist.errors import DataError
 from talk_dist.models.gnn import Student
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback, Callbacks
@@ -38,8 +39,11 @@ def distill(
     """Distil the graph behind ``pool`` into a synthetic TAG: the one that validated best.
 
     With ``checkpoint`` every outer epoch is saved, and the start as it comes along; a run that was cut off
-    goes on from there to the same result. No label of a test node is read. Raises ConfigError and NotPSDError.
+    goes on from there to the same result. No label of a test node is read. Raises ConfigError, NotPSDError, and
+    DataError for a graph without validation nodes.
     """
+    if not pool.tag.meta["split_sizes"]["val"]:
+        raise DataError(pool.tag.path, "no labelled node is in the val split, by which the result is chosen")
     tell = Callbacks(callbacks)
     objective, real = Objective(pool, config), RealSide(pool, config)
     saved = checkpoint.load() if checkpoint else None

@@ -10,19 +10,19 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
 from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
-from talk_dist.errors import ConfigError
+from talk_dist.errors import DataError
 from talk_dist.models.gnn import Student
 from talk_dist.models.protocol import Adapters, Encoder, Report
 from talk_dist.runtime.boundary import StudentState
 from talk_dist.runtime.full import WholeGraph
 from talk_dist.runtime.outer import accuracy, macro_f1, student_accuracy
 from talk_dist.runtime.pool import ShardPool
-from talk_dist.schema import check
+from talk_dist.schema import check, check_types
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.coresets import allocate
 from talk_dist.training_sets import TrainingSet, coreset_tag, full_set, token_set
@@ -55,11 +55,10 @@ class EvaluateConfig:
     """With adapters: epochs of joint training on the full training set."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.against) - set(get_args(Against))
-        if unknown or self.seeds < 1:
-            raise ConfigError(f"evaluate: seeds must be at least 1, against one of {get_args(Against)}")
+        check_types("evaluation", self)
         check(
             "evaluation",
+            seeds=(self.seeds >= 1, self.seeds, "at least 1"),
             full_lr=(bool(self.full_lr) and min(self.full_lr) > 0, self.full_lr, "learning rates above 0"),
             full_label_smoothing=(
                 bool(self.full_label_smoothing) and all(0 <= share < 1 for share in self.full_label_smoothing),
@@ -110,8 +109,10 @@ def evaluate(
 ) -> list[Row]:
     """One row for ``tag`` ("synthetic"), then one for each of ``config.against``.
 
-    Raises DataError if ``tag`` belongs to another graph's classes.
+    Raises DataError if ``tag`` has other classes than the pool's graph.
     """
+    if tag.classes != pool.tag.classes:
+        raise DataError("the synthetic set", f"has the classes {tag.classes}, the graph has {pool.tag.classes}")
     encoder.reset_adapters(0)
     pool.encode(encoder.adapters(), lambda done, total: progress("encode", done, total, {}))
     counts = allocate(len(tag), pool.tag.train_class_counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from talk_dist.schema import check
+from talk_dist.schema import check, check_types
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class RuntimeConfig:
     """With `kernel.fields: disk`, a local folder for them; empty: the system's for temporary files."""
 
     def __post_init__(self) -> None:
+        check_types("runtime", self)
         check("runtime", threads=(self.threads >= 0, self.threads, "not negative"))
 
     def cache_for(self, path: str) -> str:
@@ -53,6 +54,7 @@ class ClusterConfig:
     """An actor that dies so many times in the same call is given up; one that dies elsewhere is replaced."""
 
     def __post_init__(self) -> None:
+        check_types("cluster", self)
         check(
             "cluster",
             actors=(self.actors >= 0, self.actors, "not negative"),
@@ -82,6 +84,7 @@ class DeepSpeedConfig:
     """GPUs reserved for a worker, whole ones."""
 
     def __post_init__(self) -> None:
+        check_types("deepspeed", self)
         check(
             "deepspeed",
             workers=(self.workers >= 0, self.workers, "not negative"),

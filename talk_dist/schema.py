@@ -1,17 +1,63 @@
-"""How settings are checked and built: range rules, nested dicts, and the nearest name for one that is unknown."""
+"""How settings are checked and built: types, ranges, nested dicts, and the nearest name for one that is unknown."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from talk_dist.errors import ConfigError
+
+PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def check_types(section: str, settings: Any) -> None:
+    """Every field of the dataclass ``settings`` must be what its annotation says: a choice that is none would silently
+    mean another. Raises one ConfigError that lists those which are not."""
+    rules = {
+        name: (accepts(kind, getattr(settings, name)), getattr(settings, name), f"must be {words(kind)}")
+        for name, kind in _hints(settings.__class__).items()
+    }
+    check(section, **rules)
+
+
+_hints = cache(get_type_hints)
+
+
+def accepts(kind: Any, value: Any) -> bool:
+    """Whether ``value`` is of a setting's type ``kind``."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in arguments
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(accepts(arguments[0], each) for each in value)
+    if arguments:  # one of several types
+        return any(accepts(each, value) for each in arguments)
+    if kind in (int, float):  # and none of numpy's integers, which JSON does not take
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def words(kind: Any) -> str:
+    """What a type allows, for people."""
+    if kind in PLAIN:
+        return PLAIN[kind]
+    if dataclasses.is_dataclass(kind):
+        return f"a section: set one of {', '.join(f.name for f in dataclasses.fields(kind))} in it"
+    arguments = [a for a in get_args(kind) if a is not Ellipsis]
+    if get_origin(kind) is tuple:
+        count = "" if Ellipsis in get_args(kind) else f" of {len(arguments)}"
+        return f"a list{count} such as a,b, each {words(arguments[0])}"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    return str(kind)
 
 
 def check(section: str, **rules: tuple[bool, Any, str]) -> None:
     """Each rule is (holds, value, what is needed). Raises one ConfigError that lists the broken ones."""
-    broken = [f"{section}.{name} = {value!r}: {need}" for name, (holds, value, need) in rules.items() if not holds]
+    prefix = f"{section}." if section else ""
+    broken = [f"{prefix}{name} = {value!r}: {need}" for name, (holds, value, need) in rules.items() if not holds]
     if broken:
         raise ConfigError("; ".join(broken))
 

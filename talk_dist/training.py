@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from talk_dist.schema import check
+from talk_dist.schema import check, check_types
 
 StudentKind = Literal["gcn", "sage", "sgc", "appnp", "gat"]
 
@@ -24,6 +24,7 @@ class StudentConfig:
     """Dropout before each linear layer."""
 
     def __post_init__(self) -> None:
+        check_types("student", self)
         check(
             "student",
             hidden=(self.hidden >= 1, self.hidden, "at least 1"),
@@ -56,6 +57,7 @@ class InnerConfig:
     """Stop after so many validations without a better one (0: never)."""
 
     def __post_init__(self) -> None:
+        check_types("inner", self)
         check(
             "inner",
             passes=(self.passes >= 1, self.passes, "at least 1"),

@@ -45,12 +45,14 @@ def coreset_tag(
     sample = sample_for(pool, counts, config.seed)
     rows = select(sample, counts, method, config.seed)
     labels = smoothed(one_hot(sample.label[rows], len(counts)), config.synthetic.label_smoothing)
+    about = {"classes": pool.tag.classes}
     if pool.tag.encoding_width is not None:
-        return SyntheticTAG(torch.from_numpy(sample.features[rows])[:, None], labels), 2 * sample.features[rows].size
+        x = torch.from_numpy(sample.features[rows])[:, None]
+        return SyntheticTAG(x, labels, config=about), 2 * sample.features[rows].size
     tokens = pool.tokens(sample.place[rows])
     ids, mask = map(torch.from_numpy, tokens.padded(np.arange(len(tokens))))
     embeds = encoder.token_table.cpu()[ids]
-    return SyntheticTAG(embeds, labels, mask), int(tokens.values.nbytes)
+    return SyntheticTAG(embeds, labels, mask, about), int(tokens.values.nbytes)
 
 
 def token_set(

@@ -190,14 +190,14 @@ def read_space(tree: Mapping[str, Any], base: DistillConfig) -> tuple[list[Param
     problems: list[str] = []
     for key, value in tree.items():
         if key not in known:
-            problems.append(str(unknown_key(key, list(known))))
+            problems.append(str(unknown_key(str(key), list(known))))
             continue
         default = space.pop(key, None)
         try:
             if isinstance(value, Mapping | list):
                 space[key] = _parameter(key, value, default, known)
             elif value is not None:
-                fixed[key] = value
+                fixed[key] = _number(value, known[key])
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -215,18 +215,22 @@ def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[s
     if isinstance(value, list):
         if not value:
             raise ConfigError(f"{key}: no choices")
-        return Parameter(key, choices=tuple(value), when=when)
+        return Parameter(key, choices=tuple(_number(each, known[key]) for each in value), when=when)
     odd = set(value) - {"low", "high", "log", "when", "choices"}
     if odd:
         raise ConfigError(f"{key}.{sorted(odd)[0]}: unknown; a range has low, high, log and when")
-    for other, allowed in (value.get("when") or {}).items():
+    conditions = value.get("when") or {}
+    if not isinstance(conditions, Mapping):
+        raise ConfigError(f"{key}.when = {conditions!r}: give settings and their values, as `when: {{a.b: c}}`")
+    for other, allowed in conditions.items():
         if other not in known:
             raise unknown_key(f"{key}.when.{other}", [f"{key}.when.{name}" for name in known])
-        when[other] = tuple(allowed) if isinstance(allowed, list) else (allowed,)
+        values = allowed if isinstance(allowed, list) else [allowed]
+        when[other] = tuple(_number(each, known[other]) for each in values)
     if "choices" in value:
         return dataclasses.replace(_parameter(key, value["choices"], default, known), when=when)
     start = default or Parameter(key)
-    low, high = _number(value.get("low", start.low)), _number(value.get("high", start.high))
+    low, high = (_number(value.get(end, getattr(start, end)), known[key]) for end in ("low", "high"))
     log = value.get("log", start.log)
     if not all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in (low, high)):
         raise ConfigError(f"{key}: low = {low!r} and high = {high!r} must be numbers")
@@ -239,12 +243,15 @@ def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[s
     return Parameter(key, low, high, bool(log), when=when)
 
 
-def _number(value: Any) -> Any:
-    """YAML reads 1e-2 as a text."""
+def _number(value: Any, known: Any) -> Any:
+    """YAML reads 1e-2 as a text: a number where the setting, whose value is ``known``, is one; 1e2 can be whole."""
+    if not isinstance(value, str) or isinstance(known, str | bool):
+        return value
     try:
-        return float(value) if isinstance(value, str) else value
+        number = float(value)
     except ValueError:
         return value
+    return int(number) if isinstance(known, int) and number.is_integer() else number
 
 
 def _checked(space: list[Parameter], base: DistillConfig) -> list[Parameter]:
@@ -254,7 +261,7 @@ def _checked(space: list[Parameter], base: DistillConfig) -> list[Parameter]:
         for value in parameter.ends:
             try:
                 configured(base, {parameter.key: value})
-            except (ConfigError, TypeError) as error:
+            except ConfigError as error:
                 problems.append(str(error))
     if problems:
         raise ConfigError("space: " + "; ".join(problems))

@@ -182,7 +182,7 @@ class Export:
         if self.encodings:
             encoder = load_encoder(preflight.distilled_with(synthetic, path).encoder)
             synthetic = synthetic.embedded(encoder.token_table)
-            encodings = encoder.encode_embeds(synthetic.token_embeds, synthetic.mask).cpu()
+            encodings = encoder.encode_embeds(synthetic.token_embeds, synthetic.mask)
         out = self.out or "synthetic.pt"
         synthetic.export_pyg(out, encodings)
         print(f"{out}: read it with Data.from_dict(torch.load({out!r}, weights_only=True))")

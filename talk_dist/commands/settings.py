@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -19,7 +19,7 @@ from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
 from talk_dist.evaluate import EvaluateConfig
 from talk_dist.presets import preset
-from talk_dist.schema import unknown_key
+from talk_dist.schema import unknown_key, words
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read(command: Command, arguments: list[str]) -> tuple[Any, DistillConfig | N
         allowed = schema.get(key)
         if allowed is not None and key not in ("config", "preset") and not _accepts(allowed, value):
             origin = f"{path[0]}: {key}" if path else f"--{key}"
-            problems.append(f"{origin} = {value!r}: must be {_words(allowed)}")
+            problems.append(f"{origin} = {value!r}: must be {words(allowed)}")
     _raise(problems)
     try:
         values = parser.parse_args(arguments)
@@ -138,6 +138,7 @@ def _settings(
             key = f"{key}.kind"
         out.append(f"--{key}={_bracketed(schema.get(key), value)}")
         given.append((key, value))
+    out.sort(key=lambda word: not word.startswith("--config="))  # the command line wins, wherever the file is named
     return out, given
 
 
@@ -181,22 +182,6 @@ def _accepts(kind: Any, value: Any) -> bool:
     except ArgumentError:
         return False
     return True
-
-
-def _words(kind: Any) -> str:
-    """What a type allows, for people."""
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    if kind in plain:
-        return plain[kind]
-    if is_dataclass(kind):
-        return f"a section: set one of {', '.join(f.name for f in fields(kind))} in it"
-    arguments = [a for a in get_args(kind) if a is not Ellipsis]
-    if get_origin(kind) is tuple:
-        count = "" if Ellipsis in get_args(kind) else f" of {len(arguments)}"
-        return f"a list{count} such as a,b, each {_words(arguments[0])}"
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    return str(kind)
 
 
 def _build(kind: Any, values: Namespace, where: str, problems: list[str]) -> Any:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from talk_dist.data.splits import show
 
 WHOLE_NUMBER = r"^(0|-?[1-9][0-9]{0,17})$"  # at most 18 digits: it fits int64
+TWICE = "is there more than once; drop or rename all but one"
 
 
 def missing_columns(
@@ -23,9 +24,11 @@ def missing_columns(
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """The column without dictionary encoding (pandas categories)."""
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    """The column without dictionary encoding (pandas categories) and views, which few functions of Arrow take."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
 
 
 def is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from talk_dist.data.columns import WHOLE_NUMBER, is_text, missing_columns, plain
+from talk_dist.data.columns import TWICE, WHOLE_NUMBER, is_text, missing_columns, plain
 from talk_dist.data.splits import show
 from talk_dist.data.tables import EDGE_COLUMNS, Table
 from talk_dist.errors import DataError
@@ -25,7 +25,11 @@ def read_edges(table: Table | None, node_id: pa.Array | None, problems: list[str
         return rows["src"], rows["dst"]
     places = {name: f"{table.where}, column {name}" for name in EDGE_COLUMNS}
     try:
-        absent = missing_columns(table.where, table.columns(), EDGE_COLUMNS, problems)
+        present = table.columns()
+        absent = missing_columns(table.where, present, EDGE_COLUMNS, problems)
+        for name in EDGE_COLUMNS:
+            if present.count(name) > 1:
+                raise DataError(places[name], TWICE)
         batches = () if absent or node_id is None else table.batches(EDGE_COLUMNS)
         columns: dict[str, list[pa.Array]] = {name: [] for name in EDGE_COLUMNS}
         for batch in batches:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from talk_dist.data import given, storage
+from talk_dist.data.columns import plain
 from talk_dist.data.partition import METHODS, edge_cut, partition_nodes, split_graph, symmetrise
 from talk_dist.data.splits import DEFAULT_RATIOS, absent_problems, check_ratios, class_counts, random_split
 from talk_dist.data.tables import Source
@@ -182,7 +183,7 @@ def _write_nodes(
         ]
         for batch in source.node_batches(["text" if graph.width is None else given.COLUMN]):
             for begin in range(0, batch.num_rows, ENCODE_ROWS):
-                texts = batch.column(0).slice(begin, ENCODE_ROWS)
+                texts = plain(batch.column(0).slice(begin, ENCODE_ROWS))
                 rows = np.arange(done, done + len(texts))
                 if done + len(texts) > total:
                     break

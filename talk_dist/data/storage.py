@@ -71,7 +71,7 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
 def read_json(uri: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(read_bytes(uri))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise DataError(os.fspath(uri), f"is not valid JSON ({error}); it was cut short or edited") from error
 
 

@@ -135,7 +135,7 @@ def _columns(uri: str) -> list[str]:
                 return list(pq.ParquetFile(file).schema_arrow.names)
         with filesystem.open_input_stream(path) as stream:
             return list(pacsv.open_csv(stream, pacsv.ReadOptions(block_size=CSV_BLOCK), _parse(uri)).schema.names)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(uri, error) from error
 
 
@@ -175,7 +175,8 @@ def _parse(uri: str) -> pacsv.ParseOptions:
 
 def _unreadable(uri: str, error: Exception) -> DataError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    remedy = "save it in UTF-8" if "UTF8" in reason else "it is cut short or damaged: copy or write it again"
+    foreign = "UTF8" in reason or isinstance(error, UnicodeDecodeError)
+    remedy = "save it in UTF-8" if foreign else "it is cut short or damaged: copy or write it again"
     return DataError(uri, f"cannot be read ({reason}); {remedy}")
 
 

@@ -92,6 +92,18 @@ def load_pretrained(load: Callable[..., T], name: str, **settings: Any) -> T:
     ) from cause
 
 
+def checkpoint_file(name: str, file: str) -> Path | None:
+    """A file of a checkpoint, in its folder, the hub's cache or, if it answers, the hub; None: it has no such file."""
+    from transformers.utils import cached_file
+
+    checkpoint = resolve_checkpoint(name)
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(checkpoint, file, local_files_only=True, **quietly)
+    if path is None and not os.path.isdir(checkpoint) and _hub_obstacle() is None:
+        path = cached_file(checkpoint, file, **quietly)
+    return None if path is None else Path(path)
+
+
 def _hub_obstacle() -> str | None:
     """Why the hub cannot be asked now, or None. One connection, at most PROBE_SECONDS."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:

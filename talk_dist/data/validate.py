@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,13 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from talk_dist.data import given
-from talk_dist.data.columns import WHOLE_NUMBER, is_text, missing_columns, plain
+from talk_dist.data.columns import TWICE, WHOLE_NUMBER, is_text, missing_columns, plain
 from talk_dist.data.edges import read_edges
 from talk_dist.data.splits import absent_problems, read_split, show
 from talk_dist.data.tables import NODE_COLUMNS, Source, Table
 from talk_dist.errors import DataError
 
 REQUIRED = ("node_id", "text", "label")
+WRITTEN_NUMBER = WHOLE_NUMBER.replace("$", r"(\.0+)?$")  # as pandas writes integers of a column that has holes
 NEEDED = f"node_id, text (or {given.COLUMN}, in Parquet), label"
 
 
@@ -99,6 +101,8 @@ class _NodeScan:
             self.broken.update(dict.fromkeys(missing, "missing"))
             unread = {"text", given.COLUMN, "split"} - {content, "split" if self.use_split else content}
             wanted = [name for name in NODE_COLUMNS if name in present and name not in unread]
+            self.broken.update({name: TWICE for name in wanted if present.count(name) > 1})
+            wanted = [name for name in wanted if name not in self.broken]
             for batch in self.table.batches(wanted) if wanted else ():
                 self._add(batch)
         except DataError as error:
@@ -127,8 +131,8 @@ class _NodeScan:
         if {"label", "label_name"} <= columns.keys() - self.broken.keys():
             pairs = pa.table({"label": columns["label"], "name": columns["label_name"]}).group_by(["label", "name"])
             for pair in pairs.aggregate([]).to_pylist():
-                if pair["name"] and pair["label"] is not None:
-                    label = pair["label"]
+                label = pair["label"]
+                if pair["name"] and label is not None and label == label:  # not NaN, as pandas writes a hole
                     self.label_names.add((str(int(label) if isinstance(label, float) else label), str(pair["name"])))
         self.rows += batch.num_rows
 
@@ -211,8 +215,9 @@ class _NodeScan:
         """(N,) int32 indices into the class names: integers in numeric order, strings sorted."""
         codes = np.concatenate(self.codes) if self.codes else np.zeros(0, np.int64)
         names = list(self.names)
-        if self.table.untyped and pc.all(pc.match_substring_regex(pa.array(names, pa.string()), WHOLE_NUMBER)).as_py():
-            codes = np.array([*map(int, names), -1], dtype=np.int64)[codes]
+        if self.table.untyped and all(name.lower() == "nan" or re.match(WRITTEN_NUMBER, name) for name in names):
+            numbers = [-1 if name.lower() == "nan" else int(name.partition(".")[0]) for name in names]
+            codes = np.array([*numbers, -1], dtype=np.int64)[codes]
             names = []
         if names:
             rank = {name: i for i, name in enumerate(sorted(names))}
@@ -228,7 +233,7 @@ class _NodeScan:
     def _class_names(self, values: list[str], problems: list[str]) -> list[str]:
         where = f"{self.table.where}, column label_name"
         of_value: dict[str, list[str]] = {value: [] for value in values}
-        for value, name in sorted(self.label_names):
+        for value, name in sorted({(value.partition(".")[0], name) for value, name in self.label_names}):
             of_value.get(value, []).append(name)
         unsure = [f"{value}: {', '.join(names)}" for value, names in of_value.items() if len(names) > 1]
         if unsure:

@@ -18,7 +18,13 @@ def pick_device(name: str) -> str:
     """The torch device that the setting ``name`` means here. Raises ConfigError for a GPU that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = name
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"encoder.device = {name!r}: must be auto, cpu or cuda (cuda:1 for the second of several)")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"encoder.device = {name!r}, but torch sees no GPU here; use auto or cpu")
     return name
 

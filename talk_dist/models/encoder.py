@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from talk_dist.config import EncoderConfig, InnerConfig
 from talk_dist.data.given import given_width
 from talk_dist.data.tag import TokenLists
-from talk_dist.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer, quiet, resolve_checkpoint
+from talk_dist.data.tokenizer import Tokenizer, checkpoint_file, load_pretrained, load_tokenizer, quiet
 from talk_dist.errors import ConfigError
 from talk_dist.models.device import SingleAttention, bfloat16, give_back_memory, pick_device
 from talk_dist.models.given import GivenEncoder
@@ -155,10 +154,11 @@ class TextEncoder:
     def encode_embeds(
         self, x: Tensor, mask: Tensor | None = None, batch: int = 32, dropout_seed: int | None = None
     ) -> Tensor:
-        """Encodings (M, d) of token embeddings ``x`` (M, T, d_tok), without gradient, ``batch`` nodes at once."""
+        """Encodings (M, d), on the CPU, of token embeddings ``x`` (M, T, d_tok), without gradient, ``batch`` nodes at
+        once."""
         with torch.no_grad():
             parts = [self.forward_embeds(x[s], cut(mask, s), _seed(dropout_seed, s)) for s in _slices(len(x), batch)]
-        return torch.cat(parts)
+        return torch.cat(parts).cpu()
 
     def inject(
         self, x: Tensor, d_hs: Tensor, mask: Tensor | None = None, batch: int = 32, dropout_seed: int | None = None
@@ -282,19 +282,20 @@ def _seed(seed: int | None, rows: slice) -> int | None:
 
 
 def _pooling(config: EncoderConfig, model: nn.Module) -> str:
-    """`auto`: what a sentence-transformers checkpoint says; else CLS, or the mean for causal models."""
+    """`auto`: what a sentence-transformers checkpoint says; else CLS, or the mean for causal models.
+
+    Raises ConfigError where the checkpoint says another one.
+    """
     if config.pooling != "auto":
         return config.pooling
-    from transformers.utils import cached_file
-
-    path = cached_file(
-        resolve_checkpoint(config.name),
-        "1_Pooling/config.json",
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    path = checkpoint_file(config.name, "1_Pooling/config.json")
     if path is None:
         architectures = getattr(model.config, "architectures", None) or [""]
         return "mean" if architectures[0].endswith(("ForCausalLM", "LMHeadModel")) else "cls"
-    return "mean" if json.loads(Path(path).read_text()).get("pooling_mode_mean_tokens") else "cls"
+    said = json.loads(path.read_text())
+    older = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}  # a switch for each, not a name
+    switched = [older.get(key, key) for key, on in said.items() if key.startswith("pooling_mode_") and on is True]
+    found = said.get("pooling_mode") or ", ".join(switched)
+    if found not in ("mean", "cls"):
+        raise ConfigError(f"encoder.pooling = 'auto': {path} says {found!r}; only mean and cls are there, choose one")
+    return str(found)

@@ -89,10 +89,10 @@ def fit_adapters(
         for start in range(0, len(x_s), batch):
             rows = slice(start, start + batch)
             dropout_seed = seed + index * len(x_s) + start
-            h = encoder.forward_embeds(x_s[rows], cut(mask, rows), dropout_seed, cut(below, rows))
-            loss = cross_entropy(student(h), targets[rows].to(h), reduction="sum") / len(x_s)
+            h = encoder.forward_embeds(x_s[rows], cut(mask, rows), dropout_seed, cut(below, rows)).cpu()
+            loss = cross_entropy(student(h), targets[rows], reduction="sum") / len(x_s)
             loss.backward()
-            total += loss.detach().cpu()
+            total += loss.detach()
         return total
 
     return train(step, student, config, encoder=encoder, seed=seed, select=select, selected=selected)
@@ -102,7 +102,7 @@ def fit_encodings(
     student: Student, h_s: Tensor, y_s: Tensor, config: InnerConfig, *, seed: int = 0, select: Select | None = None
 ) -> FitResult:
     """Train a student on fixed encodings (M, d) of nodes that only see themselves."""
-    targets = soft_labels(y_s).to(h_s.device)
+    targets = soft_labels(y_s)
 
     def step(index: int) -> Tensor:
         loss = cross_entropy(student(h_s), targets)

@@ -267,8 +267,10 @@ class Shard:
         """P^2 H (len(rows), d) float32, or what the kernel starts from where all hops come first."""
         if self.spec.kernel.architecture == "sgc":
             return self._fields["Z"][rows].astype(np.float32)
-        matrix = to_torch(self._propagation[rows], self.dtype)
-        return (matrix @ self._tensor(self._fields["Z"]).cpu()).float().numpy()
+        hop = self._propagation[rows]
+        near, columns = np.unique(hop.indices, return_inverse=True)
+        matrix = to_torch(sp.csr_matrix((hop.data, columns, hop.indptr), (len(rows), len(near))), self.dtype)
+        return (matrix @ torch.from_numpy(self._fields["Z"][near]).to(self.dtype)).float().numpy()
 
     # -- what initialisation and baselines need -------------------------------------------------------------
 

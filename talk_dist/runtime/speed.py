@@ -111,7 +111,7 @@ def work(
         if adapters:  # after the student on the encodings as they are
             asked = evaluation.recipe.passes // evaluation.recipe.adapter_select_every + 1
             one += evaluation.recipe.passes * student + (asked + 2) * again
-            whole += evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again * (choices + 1)
+            whole += evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again
         full = "full" in evaluation.against
         flop["evaluate"] = evaluation.seeds * (small * one + full * whole)
         passes = small * evaluation.recipe.passes + full * choices * full_passes

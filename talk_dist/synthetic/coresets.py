@@ -68,11 +68,13 @@ def kcenter(features: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def centres(features: np.ndarray, count: int, seed: int, tries: int = 4) -> np.ndarray:
-    """k-means centres (count, d), the best of some tries."""
+    """k-means centres (count, d), the best of some tries; on one thread: several add in the order they come."""
     from sklearn.cluster import KMeans  # slow to import, seldom needed
+    from threadpoolctl import threadpool_limits
 
     count = min(count, len(features))
-    return np.asarray(KMeans(count, n_init=tries, random_state=seed).fit(features).cluster_centers_)
+    with threadpool_limits(1, user_api="openmp"):
+        return np.asarray(KMeans(count, n_init=tries, random_state=seed).fit(features).cluster_centers_)
 
 
 def medoid(features: np.ndarray, count: int, seed: int) -> np.ndarray:

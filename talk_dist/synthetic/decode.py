@@ -38,7 +38,8 @@ def readings(tag: SyntheticTAG, encoder: Encoder) -> list[str]:
     """One line a synthetic node: the nearest tokens of its embeddings, in order; none if the encoder has no tokens."""
     if not len(encoder.token_table):
         return []
-    ids = nearest_tokens(tag.token_embeds, encoder.token_table) if tag.token_ids is None else tag.token_ids
+    named = encoder.token_table[: encoder.tokenizer.vocab_size]  # some tables go on, to a round number
+    ids = nearest_tokens(tag.token_embeds, named) if tag.token_ids is None else tag.token_ids
     mask = torch.ones_like(ids) if tag.mask is None else tag.mask
     return [
         " ".join(encoder.tokenizer.decode_token(int(t)) for t in row[keep.bool()])
@@ -62,7 +63,7 @@ def nearest_texts(tag: SyntheticTAG, pool: ShardPool, encoder: Encoder, count: i
     for is what a real node is after two hops. The start takes centres of these rows, the kernel compares it with them,
     and a text alone is farther from it than its neighbourhood. The pool must hold encodings of ``encoder`` as it is.
     """
-    h_s = encoder.encode_embeds(tag.embedded(encoder.token_table).token_embeds, tag.mask).cpu()
+    h_s = encoder.encode_embeds(tag.embedded(encoder.token_table).token_embeds, tag.mask)
     sample = sample_for(pool, np.bincount(tag.labels.argmax(1), minlength=tag.labels.shape[1]), seed)
     cosine = normalize(h_s, dim=1) @ normalize(torch.from_numpy(sample.features).float(), dim=1).T
     near = cosine.topk(min(count, cosine.shape[1]), dim=1)

@@ -32,7 +32,7 @@ def settle(encoder: Encoder, x_s: Tensor, config: DistillConfig, report: Report)
     if synthetic.discrete or synthetic.storage not in grid.BITS:
         return x_s
     encoder.reset_adapters(config.seed)
-    target = synthetic.gain * encoder.encode_embeds(x_s, batch=batch).cpu()
+    target = synthetic.gain * encoder.encode_embeds(x_s, batch=batch)
     size = target.square().sum(1)
 
     def residual(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,6 +111,11 @@ def test_a_yaml_narrows_fixes_extends_and_drops():
         ({"outer.lr": {"low": "a"}}, "must be numbers"),
         ({"outer.lr": {"when": {"outer.los": "ce"}}}, "the nearest known one is 'outer.lr.when.outer.loss'"),
         ({"kernel.hops": [0, 1]}, "kernel.hops = 0: at least 1"),
+        ({"kernel.architecture": ["sgc", "gnc"]}, "kernel.architecture = 'gnc': must be one of gcn, sgc"),
+        ({"outer.loss": "cee"}, "outer.loss = 'cee': must be one of mse, ce"),
+        ({"two_stage.feature_steps": {"low": 1.5}}, "two_stage.feature_steps = 1.5: must be a whole number"),
+        ({"outer.lr": {"when": "gcn"}}, "outer.lr.when = 'gcn': give settings and their values"),
+        ({3: [1]}, "unknown setting '3'"),
         ({"student.dropout": {"low": 0.1, "high": 1.5}}, "student.dropout = 1.5: in [0, 1)"),
     ],
 )
@@ -118,6 +123,17 @@ def test_a_space_that_cannot_work_is_refused(tree, problem):
     with pytest.raises(ConfigError) as error:
         read_space(tree, DistillConfig())
     assert problem in str(error.value)
+
+
+def test_numbers_that_yaml_reads_as_texts_are_numbers():
+    """Its numbers with an exponent need a point."""
+    tree = {"outer.lr": "1e-3", "kernel.ridge": ["1e-3", "1e-2"], "two_stage.feature_steps": {"low": "1e2"}}
+    space, fixed = read_space(tree, DistillConfig())
+    by_key = {parameter.key: parameter for parameter in space}
+    assert fixed == {"outer.lr": 1e-3}
+    assert by_key["kernel.ridge"].choices == (1e-3, 1e-2)
+    assert by_key["two_stage.feature_steps"].whole
+    assert by_key["two_stage.feature_steps"].low == 100
 
 
 def test_all_problems_are_told_at_once():

@@ -217,6 +217,23 @@ def test_csv_that_is_no_csv(tmp_path: Path) -> None:
     assert "cut short" in message_of(open_tables(tmp_path / "half.csv.gz", None))
 
 
+def test_a_header_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "latin.csv").write_bytes("node_id,text,label,cat\xe9\n1,a,0,b\n".encode("latin-1"))
+    assert re.search("cannot be read .*; save it in UTF-8", message_of(open_tables(tmp_path / "latin.csv", None)))
+
+
+@pytest.mark.parametrize("name", ["text", "split", "src"])
+def test_a_column_that_is_there_twice(tmp_path: Path, name: str) -> None:
+    tables = [GOOD_NODES, GOOD_EDGES]
+    nodes, edges = (
+        pa.table([*table.values(), *([table[name]] if name in table else [])], [*table, *([name] * (name in table))])
+        for table in tables
+    )
+    message = message_of(parquet(tmp_path, nodes, edges))
+    assert f"column {name}: is there more than once; drop or rename all but one" in message
+    assert "problems" not in message
+
+
 def test_folder_without_tables_and_unknown_kinds_of_file(tmp_path: Path) -> None:
     (tmp_path / "nodes").mkdir()
     assert "found nothing" in message_of(open_tables(tmp_path / "nodes", None))

@@ -77,7 +77,7 @@ def test_unknown_keys_name_the_nearest(values, wrong, nearest):
 def test_evaluation_settings():
     assert EvaluateConfig().recipe == InnerConfig(patience=EvaluateConfig().recipe.patience)
     for wrong in ({"seeds": 0}, {"against": ("full", "everything")}):
-        with pytest.raises(ConfigError, match="evaluate"):
+        with pytest.raises(ConfigError, match="evaluation"):
             EvaluateConfig(**wrong)
 
 
@@ -98,6 +98,26 @@ def test_outer_epochs_left_open_are_those_that_bring_something(sections, epochs)
     config = DistillConfig.from_dict(sections)
     assert config.outer_epochs == epochs
     assert config.to_dict()["outer"]["epochs"] == sections.get("outer", {}).get("epochs")  # still open
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"kernel": {"architecture": "GCN"}}, "kernel.architecture = 'GCN': must be one of gcn, sgc"),
+        ({"outer": {"loss": "MSE"}}, "outer.loss = 'MSE': must be one of mse, ce"),
+        ({"synthetic": {"tokens": 2.5}}, "synthetic.tokens = 2.5: must be a whole number"),
+        ({"synthetic": {"learn_labels": "no"}}, "synthetic.learn_labels = 'no': must be true or false"),
+        ({"encoder": {"targets": "query"}}, "encoder.targets = 'query': must be a list such as a,b, each a text"),
+        ({"outer": {"epochs": "few"}}, "outer.epochs = 'few'"),
+        ({"seed": -1}, "seed = -1: from 0 to"),
+        ({"seed": 2**32}, "seed = 4294967296: from 0 to"),
+        ({"seed": True}, "seed = True: must be a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(sections, problem):
+    with pytest.raises(ConfigError) as error:
+        DistillConfig.from_dict(sections)
+    assert problem in str(error.value)
 
 
 def test_labels_cannot_be_learned_without_outer_epochs():

@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from talk_dist.models.device import SingleAttention
+from talk_dist.errors import ConfigError
+from talk_dist.models.device import SingleAttention, pick_device
 
 
 @pytest.fixture
@@ -61,3 +62,9 @@ def test_an_encoder_in_bfloat16_attends_in_float32(make_encoder, pooling):
     with Formats() as formats:
         make_encoder(precision="bfloat16", pooling=pooling).encode_embeds(torch.randn(2, 5, 32))
     assert formats.seen == {(torch.float32, False)}
+
+
+@pytest.mark.parametrize("name", ["gpu", "CPU", "cuda:x", "meta"])
+def test_a_device_that_is_none(name):
+    with pytest.raises(ConfigError, match=f"encoder.device = '{name}': must be auto, cpu or cuda"):
+        pick_device(name)

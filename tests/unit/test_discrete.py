@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from talk_dist.errors import ConfigError, DataError
 from talk_dist.runtime.callbacks import Callback
 from talk_dist.synthetic import init
 from talk_dist.synthetic.artifact import SyntheticTAG
-from talk_dist.synthetic.decode import exact_tokens, nearest_texts
+from talk_dist.synthetic.decode import exact_tokens, nearest_texts, readings
 from talk_dist.synthetic.discrete import MERGED, distance, draw, framed, invert_tokens, linear_gains, merge
 
 
@@ -276,3 +277,12 @@ def test_from_the_command_line(tags, encoder_folder, told, tmp_path):
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 6
     told("export", tmp_path / "run", "--out", tmp_path / "a.pt", "--encodings", "true")
     assert torch.load(tmp_path / "a.pt", weights_only=True)["x"].shape == (6, 32)
+
+
+def test_readings_are_tokens_of_the_tokenizer(make_encoder):
+    """Some token tables go on beyond the vocabulary, to a round number of rows."""
+    encoder = make_encoder()
+    table = torch.cat([encoder.token_table, torch.full((3, encoder.width), 9.0)])
+    longer = SimpleNamespace(token_table=table, tokenizer=encoder.tokenizer)
+    tag = SyntheticTAG(torch.full((1, 2, encoder.width), 9.0), torch.ones(1, 1))
+    assert readings(tag, longer) == readings(tag, encoder)

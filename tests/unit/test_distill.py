@@ -13,7 +13,7 @@ import torch
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import Partition
 from talk_dist.distill import distill
-from talk_dist.errors import ConfigError
+from talk_dist.errors import ConfigError, DataError
 from talk_dist.models.gnn import Student
 from talk_dist.runtime.callbacks import Callback
 from talk_dist.runtime.outer import Objective
@@ -59,6 +59,12 @@ def test_a_seed_fixes_the_result_and_another_one_changes_it(run, init, adapters)
     assert first.metrics["val_accuracy"] == again.metrics["val_accuracy"]
     other, *_ = run(dataclasses.replace(config, seed=1))
     assert not torch.equal(first.token_embeds, other.token_embeds)
+
+
+def test_a_graph_without_validation_nodes_is_refused(run, tags, monkeypatch):
+    monkeypatch.setitem(tags[2].meta["split_sizes"], "val", 0)
+    with pytest.raises(DataError, match="no labelled node is in the val split"):
+        run(settings())
 
 
 @pytest.mark.parametrize("loss", ["mse", "ce"])

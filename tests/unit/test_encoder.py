@@ -9,11 +9,13 @@ import pytest
 import reference
 import torch
 import transformers
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from talk_dist.config import EncoderConfig
+from talk_dist.config import EncoderConfig, InnerConfig, StudentConfig
 from talk_dist.data.tag import TokenLists
 from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import TextEncoder
+from talk_dist.models.gnn import Student
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +145,33 @@ def test_fingerprint_is_of_the_frozen_weights_and_of_their_use(make_encoder, ada
 def test_pooling_auto_is_what_the_checkpoint_was_trained_for(make_encoder, encoder_folder, tmp_path):
     """sentence-transformers writes it down; a bare checkpoint is pooled by its first token."""
     assert make_encoder(pooling="auto").pooling == "cls"
-    for mean, expected in ((True, "mean"), (False, "cls")):
+    for name, expected in (("mean_tokens", "mean"), ("cls_token", "cls")):
         folder = shutil.copytree(encoder_folder, tmp_path / expected)
         (folder / "1_Pooling").mkdir()
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": mean}))
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{name}": True}))
         assert make_encoder(name=str(folder), pooling="auto").pooling == expected
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": expected}))  # since its version 6
+        assert make_encoder(name=str(folder), pooling="auto").pooling == expected
+    for other in ({"pooling_mode": "lasttoken"}, {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(other))
+        with pytest.raises(ConfigError, match=r"1_Pooling/config\.json says '.*'; only mean and cls are there"):
+            make_encoder(name=str(folder), pooling="auto")
+        assert make_encoder(name=str(folder), pooling="mean").pooling == "mean"
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_student_trains_on_the_cpu_wherever_the_encoder_is(make_encoder, monkeypatch, adapters):
+    """Tensors that only say which device they are on stand for a GPU: what mixes two devices fails with them too, and
+    what wants a number of them, here the loss, is the end."""
+    encoder, targets = make_encoder(adapters=adapters), torch.eye(2)
+    student = Student(StudentConfig(hidden=4), encoder.width, 2, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = torch.empty(2, encoder.width, device="cuda")
+        monkeypatch.setattr(encoder, "forward_embeds", lambda *_: there)
+        monkeypatch.setattr(encoder, "states_below", lambda *_: None)
+        assert encoder.encode_embeds(torch.empty(2, 3, 32)).device.type == "cpu"
+        with pytest.raises(DataDependentOutputException):
+            encoder.fit(student, torch.empty(2, 3, 32), targets, InnerConfig(passes=1))
 
 
 def test_minilm_is_the_published_sentence_encoder():

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from talk_dist.config import DistillConfig, InnerConfig, KernelConfig, StudentConfig
-from talk_dist.errors import ConfigError
+from talk_dist.errors import ConfigError, DataError
 from talk_dist.evaluate import EvaluateConfig, Row, as_metrics, evaluate, reference, retention, table
 from talk_dist.models.gnn import Student, local_graph
 from talk_dist.models.inner import one_hot, smoothed, train
@@ -190,8 +190,32 @@ def test_the_table_and_retention():
     assert as_metrics(rows, quick())["retention"]["full"] == 1.0
 
 
+def test_classes_of_another_graph_are_refused(make_encoder, make_pool):
+    encoder = make_encoder()
+    pool = make_pool(encoder, 1)
+    tag = a_coreset(pool, encoder)
+    other = dataclasses.replace(tag, config=tag.config | {"classes": ["x", "y", "z"]})
+    with pytest.raises(DataError, match=r"has the classes \['x', 'y', 'z'\]"):
+        evaluate(pool, encoder, other, CONFIG, quick())
+
+
+def test_the_reference_takes_encodings_from_disk(make_encoder, make_pool):
+    """In half precision there."""
+    encoder = make_encoder()
+    pool = make_pool(encoder, 2, fields="disk")
+    assert len(reference(WholeGraph(pool.tag), pool, encoder, quick()).accuracy) == 2
+
+
+def test_adapters_that_do_nothing_yet_encode_nothing_again(make_encoder, make_pool, monkeypatch):
+    """A choice of learning rate needs the texts' encodings once, however many students it takes."""
+    encoder = make_encoder(adapters=True)
+    pool = make_pool(encoder, 1)
+    monkeypatch.delattr(encoder.__class__, "encode_tokens")  # the pool has encoded
+    reference(WholeGraph(pool.tag), pool, encoder, quick(full_epochs=0, full_lr=(0.01, 0.02)))
+
+
 def test_an_unknown_rival_is_refused():
-    with pytest.raises(ConfigError, match="against one of"):
+    with pytest.raises(ConfigError, match="each one of full, random"):
         EvaluateConfig(against=("best",))  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ from talk_dist.data import prepare as prepare_module
 from talk_dist.data.prepare import prepare
 from talk_dist.data.tables import Source, Table, from_arrow, open_tables
 from talk_dist.data.tag import SPLITS, Partition, PreparedTag
+from talk_dist.data.validate import validate
 
 Tables = tuple[pa.Table, pa.Table]
 
@@ -186,6 +187,31 @@ def test_same_tables_give_the_same_bytes(tmp_path: Path, tables: Tables, monkeyp
         assert files == results["memory"], name
     prepare(sources["memory"], tmp_path / "out" / "seed", parts=3, name="same", max_tokens=16, split_seed=1)
     assert files_of(tmp_path / "out" / "seed") != results["memory"]
+
+
+def test_kinds_of_text_columns_give_the_same_bytes(tmp_path: Path, tables: Tables) -> None:
+    """As pandas, polars and Arrow write them: categories, views, and strings with short and long offsets."""
+    nodes, edges = tables
+    found = []
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        texts = pa.array(nodes.column("text").to_pylist(), pa.string()).cast(kind)
+        changed = nodes.set_column(nodes.column_names.index("text"), "text", texts)
+        prepare(from_arrow(changed, edges), tmp_path / str(kind), parts=2, name="same", max_tokens=16)
+        found.append(files_of(tmp_path / str(kind)))
+    assert all(files == found[0] for files in found)
+
+
+def test_labels_of_a_csv_written_as_pandas_writes_a_column_with_holes(tmp_path: Path) -> None:
+    rows = [("0.0", "ash"), ("1.0", "elm"), ("-1.0", ""), ("NaN", ""), ("", ""), ("1.0", "elm")]
+    lines = [f"{i},text {i},{label},{name}" for i, (label, name) in enumerate(rows)]
+    (tmp_path / "nodes.csv").write_text("\n".join(["node_id,text,label,label_name", *lines]) + "\n")
+    graph = validate(open_tables(tmp_path / "nodes.csv", None))
+    assert graph.classes == ["ash", "elm"]
+    assert graph.label.tolist() == [0, 1, -1, -1, -1, 1]
+    table = pa.table({"node_id": range(4), "text": list("abcd"), "label": [0.0, 1.0, float("nan"), None]})
+    graph = validate(from_arrow(table.append_column("label_name", pa.array(["ash", "elm", "oak", ""])), None))
+    assert graph.classes == ["ash", "elm"]
+    assert graph.label.tolist() == [0, 1, -1, -1]
 
 
 def test_split_column_is_used_unless_unwanted_or_blank(tmp_path: Path, tables: Tables) -> None:

@@ -34,6 +34,12 @@ def test_the_later_wins(tmp_path):
     assert read(COMMANDS["distill"], [*arguments, "--preset", "default"])[1].synthetic == DistillConfig().synthetic
 
 
+def test_the_command_line_wins_wherever_the_file_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("outer: {lr: 1e-3, steps: 3}\n")
+    config = read(COMMANDS["distill"], ["--outer.lr", "0.5", "--config", str(tmp_path / "c.yaml")])[1]
+    assert (config.outer.lr, config.outer.steps) == (0.5, 3)
+
+
 def test_every_wrong_setting_is_named_at_once(told, tmp_path):
     tree = {"encoder": {"rnk": 3, "rank": "x"}, "outer": 3, "foo": {"a": 1}, "evaluation": {"seeds": "many"}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
