@@ -15,7 +15,7 @@ import numpy as np
 from talk_dist.config import DistillConfig
 from talk_dist.data.given import given_width
 from talk_dist.errors import ConfigError
-from talk_dist.schema import unknown_key
+from talk_dist.schema import number, unknown_key
 
 Value = bool | int | float | str
 
@@ -197,7 +197,7 @@ def read_space(tree: Mapping[str, Any], base: DistillConfig) -> tuple[list[Param
             if isinstance(value, Mapping | list):
                 space[key] = _parameter(key, value, default, known)
             elif value is not None:
-                fixed[key] = _number(value, known[key])
+                fixed[key] = number(value, type(known[key]))
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -215,7 +215,7 @@ def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[s
     if isinstance(value, list):
         if not value:
             raise ConfigError(f"{key}: no choices")
-        return Parameter(key, choices=tuple(_number(each, known[key]) for each in value), when=when)
+        return Parameter(key, choices=tuple(number(each, type(known[key])) for each in value), when=when)
     odd = set(value) - {"low", "high", "log", "when", "choices"}
     if odd:
         raise ConfigError(f"{key}.{sorted(odd)[0]}: unknown; a range has low, high, log and when")
@@ -226,11 +226,11 @@ def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[s
         if other not in known:
             raise unknown_key(f"{key}.when.{other}", [f"{key}.when.{name}" for name in known])
         values = allowed if isinstance(allowed, list) else [allowed]
-        when[other] = tuple(_number(each, known[other]) for each in values)
+        when[other] = tuple(number(each, type(known[other])) for each in values)
     if "choices" in value:
         return dataclasses.replace(_parameter(key, value["choices"], default, known), when=when)
     start = default or Parameter(key)
-    low, high = (_number(value.get(end, getattr(start, end)), known[key]) for end in ("low", "high"))
+    low, high = (number(value.get(end, getattr(start, end)), type(known[key])) for end in ("low", "high"))
     log = value.get("log", start.log)
     if not all(isinstance(bound, int | float) and not isinstance(bound, bool) for bound in (low, high)):
         raise ConfigError(f"{key}: low = {low!r} and high = {high!r} must be numbers")
@@ -241,17 +241,6 @@ def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[s
     if log and low <= 0:
         raise ConfigError(f"{key}: a logarithmic range must be above 0, not from {low}")
     return Parameter(key, low, high, bool(log), when=when)
-
-
-def _number(value: Any, known: Any) -> Any:
-    """YAML reads 1e-2 as a text: a number where the setting, whose value is ``known``, is one; 1e2 can be whole."""
-    if not isinstance(value, str) or isinstance(known, str | bool):
-        return value
-    try:
-        number = float(value)
-    except ValueError:
-        return value
-    return int(number) if isinstance(known, int) and number.is_integer() else number
 
 
 def _checked(space: list[Parameter], base: DistillConfig) -> list[Parameter]:

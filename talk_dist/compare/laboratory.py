@@ -20,7 +20,7 @@ from talk_dist.commands.report import machine
 from talk_dist.commands.runs import identity
 from talk_dist.compare.cell import Cell, encodings, training_set
 from talk_dist.compare.picture import draw_encodings
-from talk_dist.compare.plan import Method, Plan
+from talk_dist.compare.plan import FULL, Method, Plan
 from talk_dist.config import DistillConfig, StudentConfig
 from talk_dist.data import storage, tables
 from talk_dist.data.prepare import prepare
@@ -36,7 +36,6 @@ from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
 
 Record = dict[str, Any]
-FULL = "full"
 
 
 class Laboratory:
@@ -179,14 +178,19 @@ class Laboratory:
         if spec["prepared"]:
             return PreparedTag(spec["prepared"])
         path = self.folder.path("prepared", f"{data}-{seed}")
-        if storage.exists(storage.join(path, "META.json")):
+        name = api_name() if data == EMBEDDED else data
+        said, wanted = f"{path}.json", storage.to_json(spec | {"name": name, "encoder": encoder})
+        if storage.exists(said) and storage.read_bytes(said) == wanted:
             return PreparedTag(path)
+        # what the plan said before may lie there; if it was another graph, its rows are refused after this
         if data == EMBEDDED:
-            source, name = tables.from_arrow(*build_python_api()), api_name()
+            source = tables.from_arrow(*build_python_api())
         else:
-            source, name = tables.open_tables(spec["nodes"], spec["edges"] or None), data
+            source = tables.open_tables(spec["nodes"], spec["edges"] or None)
         rest = {key: spec[key] for key in ("max_tokens", "parts", "use_split_column")}
-        return prepare(source, path, encoder=encoder, split_seed=seed, name=name, **rest)
+        tag = prepare(source, path, encoder=encoder, split_seed=seed, name=name, **rest)
+        storage.write_atomic(said, wanted)
+        return tag
 
     def _encode(self, pool: ShardPool, encoder: Encoder) -> None:
         pool.encode(encoder.adapters(), lambda done, total: self.tell.progress("encode", done, total, {}))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from talk_dist.commands.call import EMBEDDED
 from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
-from talk_dist.schema import unknown_key
+from talk_dist.schema import accepts, number, unknown_key, words
 from talk_dist.synthetic.baselines import FEATURE_LEVEL
 from talk_dist.synthetic.coresets import METHODS as CORESETS
 from talk_dist.training import StudentKind
 
 Read = Callable[[list[str]], DistillConfig]  # settings of a distillation from words of a command line
+FULL = "full"
 TABLES = {"prepared": "", "nodes": "", "edges": "", "max_tokens": 128, "parts": 1, "use_split_column": False}
 
 
@@ -67,6 +69,8 @@ def read_plan(path: str, read: Read) -> Plan:
     known = [name for name in Plan.__dataclass_fields__ if name != "tree"]
     problems = [f"{path}: {unknown_key(key, known)}" for key in tree if key not in known]
     common, methods, plain = tree.get("settings") or {}, [], DistillConfig()
+    if not isinstance(common, dict):
+        raise ConfigError(f"{path}: settings = {common!r}: must be settings and their values, as `a.b: c`")
     try:
         plain = read(_words(common))
     except ConfigError as error:
@@ -79,11 +83,16 @@ def read_plan(path: str, read: Read) -> Plan:
             problems.append(f"{path}: methods.{name}: {error}")
     data = {}
     for name, entry in tree["data"].items():
-        wrong = [f"{path}: data.{name}: {unknown_key(key, list(TABLES))}" for key in entry or {} if key not in TABLES]
-        problems += wrong
-        data[str(name)] = TABLES | (entry or {})
+        problems += [f"{path}: data.{name}{problem}" for problem in _wrong_tables(str(name), entry)]
+        data[str(name)] = TABLES | entry if isinstance(entry, dict) else TABLES
     own = ("data", "methods", "settings")
-    rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items() if k not in own}
+    kinds = {name: kind for name, kind in get_type_hints(Plan).items() if name in tree and name not in own}
+    rest = {name: _listed(tree[name], kind) for name, kind in kinds.items()}
+    problems += [
+        f"{path}: {name} = {value!r}: must be {words(kinds[name])}"
+        for name, value in rest.items()
+        if not accepts(kinds[name], value)
+    ]
     if not problems:
         plan = Plan(data, methods, settings=plain, tree=tree, **rest)
         problems = [f"{path}: {problem}" for problem in _wrong(plan)]
@@ -98,7 +107,11 @@ def _method(name: str, entry: Any, common: Mapping[str, Any], read: Read) -> Met
     settings = dict(common) | dict(entry)
     kinds = {"coreset": list(CORESETS), "features": list(FEATURE_LEVEL)}
     kind = next((kind for kind in kinds if kind in settings), "distill")
-    source, invert = settings.pop(kind, ""), bool(settings.pop("invert", False))
+    if name == FULL:
+        raise ConfigError("is what the reference, trained on everything, is called; choose another name")
+    source, invert = settings.pop(kind, ""), settings.pop("invert", False)
+    if not isinstance(invert, bool):
+        raise ConfigError(f"invert = {invert!r}: must be true or false")
     if kind != "distill" and source not in kinds[kind]:
         raise ConfigError(f"{kind} = {source!r}: one of {', '.join(kinds[kind])}")
     return Method(name, kind, source, read(_words(settings)), invert)
@@ -109,18 +122,35 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
 
+def _listed(value: Any, kind: Any) -> Any:
+    """What YAML read, a list as a tuple, numbers as numbers."""
+    return tuple(number(each, get_args(kind)[0]) for each in value) if isinstance(value, list) else value
+
+
+def _wrong_tables(name: str, entry: Any) -> list[str]:
+    """What is wrong with an entry of ``data``."""
+    if not isinstance(entry, dict):
+        return [f" = {entry!r}: give `nodes:` and `edges:`, or `prepared:`"] if name != EMBEDDED or entry else []
+    wrong = [f": {unknown_key(str(key), list(TABLES))}" for key in entry if key not in TABLES]
+    wrong += [
+        f".{key} = {value!r}: must be {words(type(TABLES[key]))}"
+        for key, value in entry.items()
+        if key in TABLES and not accepts(type(TABLES[key]), value)
+    ]
+    if not wrong and name != EMBEDDED and not (entry.get("nodes") or entry.get("prepared")):
+        wrong.append(": give `nodes:` and `edges:`, or `prepared:`")
+    return wrong
+
+
 def _wrong(plan: Plan) -> list[str]:
     checks = {
-        "sizes": (all(isinstance(s, int | float) and s >= 0 for s in plan.sizes), "fractions, or numbers of nodes"),
+        "sizes": (min(plan.sizes, default=0) >= 0, "fractions, or numbers of nodes"),
         "students": (set(plan.students) <= set(get_args(StudentKind)), f"some of {', '.join(get_args(StudentKind))}"),
-        "adapters": (set(plan.adapters) <= {False, True}, "[false], [true] or [false, true]"),
-        "splits": (all(isinstance(s, int) for s in plan.splits), "a list of seeds"),
-        "seeds": (isinstance(plan.seeds, int) and plan.seeds > 0, "a number of students, at least 1"),
-        "full_lr": (all(isinstance(r, float) and r > 0 for r in plan.full_lr), "learning rates above 0"),
-        "full_label_smoothing": (
-            all(isinstance(s, int | float) and 0 <= s < 1 for s in plan.full_label_smoothing),
-            "shares in [0, 1)",
-        ),
+        "adapters": (True, "[false], [true] or [false, true]"),
+        "splits": (min(plan.splits, default=0) >= 0, "seeds, not negative"),
+        "seeds": (plan.seeds > 0, "a number of students, at least 1"),
+        "full_lr": (all(rate > 0 for rate in plan.full_lr), "learning rates above 0"),
+        "full_label_smoothing": (all(0 <= share < 1 for share in plan.full_label_smoothing), "shares in [0, 1)"),
     }
     wrong = []
     for name, (holds, need) in checks.items():

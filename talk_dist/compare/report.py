@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from talk_dist import page
 from talk_dist.compare.picture import draw_retention
+from talk_dist.compare.plan import FULL
 from talk_dist.data import storage
 
-FULL = "full"
 AXES = {"nodes": "synthetic nodes", "bytes": "bytes", "seconds": "seconds to make"}
 Record = dict[str, Any]
 
@@ -76,7 +76,8 @@ def markdown(lines: Sequence[Record]) -> str:
 def write(rows: Sequence[Record], out: str, command: str, pictures: Mapping[str, bytes]) -> str:
     """Everything into the folder ``out``; returns the Markdown. ``pictures``: name -> PNG of the encodings."""
     lines = summary(rows)
-    flat = [{k: v for k, v in row.items() if k != "identity"} for row in rows]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "identity"]
+    flat = [{name: row.get(name) for name in names} for row in rows]  # a reference lacks some
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(flat), buffer)
     storage.write_atomic(storage.join(out, "results.parquet"), buffer.getvalue())

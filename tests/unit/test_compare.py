@@ -196,6 +196,55 @@ def test_all_that_is_wrong_is_told_before_anything_runs(plan, told, tmp_path):
     assert "seeds = 0: must be a number of students, at least 1" in err
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"sizes": 0.01}, "sizes = 0.01: must be a list such as a,b, each a number"),
+        ({"splits": 3}, "splits = 3: must be a list"),
+        ({"splits": [-1]}, "splits = (-1,): must be seeds, not negative"),
+        ({"adapters": ["no"]}, "adapters = ('no',): must be a list such as a,b, each true or false"),
+        ({"settings": ["a"]}, "settings = ['a']: must be settings and their values"),
+        ({"data": {"toy": "nodes.csv"}}, "data.toy = 'nodes.csv': give `nodes:` and `edges:`, or `prepared:`"),
+        ({"data": {"toy": {"nodes": 5}}}, "data.toy.nodes = 5: must be a text"),
+        ({"data": {"toy": {"nodes": "n.csv", "parts": "two"}}}, "data.toy.parts = 'two': must be a whole number"),
+        ({"data": {"toy": {"max_tokens": 24}}}, "data.toy: give `nodes:` and `edges:`, or `prepared:`"),
+        ({"data": {"toy": {3: 4}}}, "data.toy: unknown setting '3'"),
+        ({"methods": {"full": {"coreset": "random"}}}, "methods.full: is what the reference"),
+        ({"methods": {"c": {"features": "centres", "invert": "no"}}}, "invert = 'no': must be true or false"),
+    ],
+)
+def test_an_ordinary_mistake_is_told(plan, changes, problem):
+    with pytest.raises(laboratory.ConfigError) as error:
+        read_plan(plan(**changes), settings_of)
+    assert problem in str(error.value)
+
+
+def test_a_plan_has_its_numbers_as_yaml_writes_them(plan):
+    path = plan(full_lr=["5e-3", 1])
+    assert read_plan(path, settings_of).full_lr == (5e-3, 1)
+
+
+def test_a_plan_that_names_another_graph_is_not_given_the_old_ones_rows(plan, told, tables, tmp_path):
+    """Nor another cut of the same; the same tables once more are the same graph."""
+    nodes, edges = tables
+    pq.write_table(nodes, tmp_path / "a.parquet")
+    pq.write_table(nodes.set_column(1, "text", nodes["text"][::-1]), tmp_path / "b.parquet")
+    pq.write_table(edges, tmp_path / "edges.parquet")
+
+    def compared(code=0, **spec):
+        spec = {"max_tokens": 24, "edges": str(tmp_path / "edges.parquet")} | spec
+        spec["nodes"] = str(tmp_path / (spec["nodes"] + ".parquet"))
+        path = plan(data={"toy": spec}, methods={"medoid": {"coreset": "medoid"}}, seeds=1)
+        return told("compare", path, "--out", tmp_path / "out", code=code)[1]
+
+    compared(nodes="a")
+    before = rows_in(tmp_path / "out")
+    assert "made with other settings (data hash" in compared(nodes="b", code=2)
+    assert "made with other settings (data hash" in compared(nodes="a", max_tokens=3, code=2)
+    compared(nodes="a")
+    assert rows_in(tmp_path / "out") == before
+
+
 def test_a_plan_of_two_encoders_is_refused(plan, other_encoder_folder):
     two = {"a": {"coreset": "random"}, "b": {"coreset": "random", "encoder.name": other_encoder_folder}}
     with pytest.raises(laboratory.ConfigError, match="one plan, one encoder"):
@@ -235,3 +284,5 @@ def test_the_report_holds_everything(plan, told, tmp_path):
     assert "| talk | gcn | 6 |" in out
     row = json.loads((tmp_path / "out" / "rows" / "toy-split_0-talk-6-frozen-gcn.json").read_text())
     assert {"machine", "version", "revision", "command", "seconds"} <= row.keys()
+    seconds = pq.read_table(tmp_path / "out" / "results.parquet")["seconds"].to_pylist()
+    assert seconds == [None, row["seconds"]]
