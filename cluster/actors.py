@@ -11,6 +11,7 @@ import ray
 import torch
 
 from cluster.borrowed import BorrowedEncoder, Lender
+from cluster.placement import hide_others_gpus
 from talk_dist.config import EncoderConfig
 from talk_dist.models.encoder import load_encoder
 from talk_dist.runtime.boundary import ShardSpec
@@ -24,6 +25,7 @@ class ShardActor:
     """Some shards and the encoder they share."""
 
     def __init__(self) -> None:
+        hide_others_gpus()
         self.shards: dict[int, Shard] = {}
         self._encoder: Any = None
         self._progress: dict[int, tuple[int, int]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -51,18 +52,13 @@ def allot(
     """Who gets what, from the settings and the resources of the nodes that are there now.
 
     As many actors as there are parts, GPUs (where there are any) and cores for; each takes an equal share of the
-    cores that are not another's. ``memory`` says what an actor with these parts needs, in bytes.
+    cores that are not another's, on one node. ``memory`` says what an actor with these parts needs, in bytes.
     """
-    cores = [int(node.get("CPU", 0)) for node in nodes]
-    total = sum(cores)
-    num_gpus = sum(node.get("GPU", 0) for node in nodes)
-    gpus = cluster.gpus if cluster.gpus >= 0 else float(num_gpus > 0)
+    gpus = cluster.gpus if cluster.gpus >= 0 else float(any(node.get("GPU", 0) for node in nodes))
     actors = min(cluster.actors or num_parts, num_parts)
-    if not cluster.actors and total:  # a cluster that starts its workers when asked has none yet
-        actors = min(actors, max(1, int(total // (cluster.cpus or runtime.threads or 1))))
-        actors = min(actors, max(1, int(num_gpus // gpus))) if gpus else actors
-    share = max(1, min(total // actors, max(cores, default=1)))
-    cpus = cluster.cpus or float(runtime.threads or share)
+    if not cluster.actors and any(node.get("CPU", 0) for node in nodes):  # some start workers when asked
+        actors = min(actors, max(1, seats(nodes, cluster.cpus or runtime.threads or 1, gpus)))
+    cpus = cluster.cpus or float(runtime.threads or equal_share(nodes, actors, gpus))
     parts = tuple(tuple(range(index, num_parts, actors)) for index in range(actors))
     needed = max(memory(mine) for mine in parts)
     reserved = int(cluster.memory_gib * 2**30) or needed
@@ -119,6 +115,27 @@ def _part_of(group: PlacementGroup, bundles: Sequence[dict[str, float]], what: s
 
 def _alike(ours: dict[str, float], theirs: dict[str, float]) -> bool:
     return ours.keys() == theirs.keys() and all(math.isclose(ours[name], theirs[name], rel_tol=1e-3) for name in ours)
+
+
+def seats(nodes: Sequence[dict[str, float]], cpus: float, gpus: float = 0.0) -> int:
+    """How many processes find so many cores and GPUs, each on one node."""
+    able = [[node.get("CPU", 0) // cpus] + ([node.get("GPU", 0) // gpus] if gpus else []) for node in nodes]
+    return int(sum(map(min, able)))
+
+
+def equal_share(nodes: Sequence[dict[str, float]], count: int, gpus: float = 0.0) -> int:
+    """The most cores, at least one, that each of ``count`` processes can have on one node."""
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    share = max(1, min(sum(cores) // count, max(cores, default=1)))
+    while share > 1 and seats(nodes, share, gpus) < count:
+        share -= 1
+    return share
+
+
+def hide_others_gpus() -> None:
+    """A process that reserved no GPU sees none: Ray leaves all of its node visible, and `auto` would take the first."""
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def fits(bundles: Sequence[dict[str, float]], nodes: Sequence[dict[str, float]]) -> bool:

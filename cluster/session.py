@@ -95,10 +95,11 @@ class RaySession:
         """What the shards of ``tag`` get where ``runs`` share the cluster."""
         nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         for node in nodes:
-            node["CPU"] = node.get("CPU", 0) // runs
-        for _ in range(self.config.deepspeed.workers):  # they have their share already
-            richest = max(nodes, key=lambda node: node["CPU"])
-            richest["CPU"] -= self.config.deepspeed.cpus
+            node["CPU"], node["GPU"] = node.get("CPU", 0) // runs, node.get("GPU", 0) / runs
+        asked = self.config.deepspeed
+        for _ in range(asked.workers):  # they have their share already
+            richest = max(nodes, key=lambda node: (node["GPU"] if asked.gpus else 0, node["CPU"]))
+            richest["CPU"], richest["GPU"] = richest["CPU"] - asked.cpus, richest["GPU"] - asked.gpus
         return allot(tag.num_parts, nodes, self.config.runtime, self.config.cluster, memory)
 
     def refuse_if_hopeless(self, asked: Sequence[dict[str, float]], what: str, remedy: str) -> None:

@@ -29,7 +29,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from cluster.encoder_group import bundles as worker_bundles
-from cluster.placement import reserve
+from cluster.placement import equal_share, hide_others_gpus, reserve
 from cluster.session import RaySession, check_nodes
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
@@ -72,14 +72,13 @@ def reserved(
     ``cpus`` and ``gpus`` are of the trial's own process. Raises CapacityError if there is no room for one trial,
     and DataError if a node does not see the graph.
     """
-    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     own = {"CPU": cpus, "GPU": gpus}
     others: list[dict[str, float]] = []
     if base.runtime.kind == "local":
         if not session.own:
             check_nodes(tag)  # a pool of actors does that itself
-        share = float(max(1, min(max(cores), sum(cores) // trials)))
-        own |= {"CPU": cpus or share, "memory": float(plan.whole().host)}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        own |= {"CPU": cpus or float(equal_share(nodes, trials, gpus)), "memory": float(plan.whole().host)}
     else:
         lends = base.deepspeed.encode_texts
         allotment = session.allotment(tag, lambda parts: plan.actor(parts, lends).host, trials)
@@ -140,6 +139,7 @@ def _trial(config: dict[str, Any]) -> None:
     """The function of a Tune trial. An error is a result, with its reason: it would come again."""
     spec = TrialSpec(**config["spec"])
     try:
+        hide_others_gpus()
         facts = run_trial(spec, lambda values: tune.report(values | {"done": False}))
     except TalkDistError as error:
         facts = {"failed": str(error)}

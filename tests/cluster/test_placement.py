@@ -25,6 +25,11 @@ from talk_dist.resources import ClusterConfig, RuntimeConfig
         (8, [{"CPU": 16, "GPU": 4}], 0, {"gpus": 0}, 8, 2, 0, 2),
         (3, [{"CPU": 4}], 0, {"actors": 9, "cpus": 0.5}, 3, 0.5, 0, 1),  # never more than parts
         (6, [{}], 0, {}, 6, 1, 0, 1),  # workers that start when asked
+        (3, [{"CPU": 8}, {"CPU": 8}], 0, {}, 3, 4, 0, 4),  # 16 cores, but on no node three times five
+        (5, [{"CPU": 8}] * 4, 0, {}, 5, 4, 0, 4),
+        (2, [{"CPU": 8}, {"CPU": 4}], 0, {}, 2, 4, 0, 4),
+        (3, [{"CPU": 8}, {"CPU": 8}], 5, {}, 2, 5, 0, 5),  # nor a third actor of five threads
+        (4, [{"CPU": 8, "GPU": 1}, {"CPU": 8}], 0, {}, 1, 8, 1, 8),  # nor cores on the node with the GPU
     ],
 )
 def test_allotment(parts, nodes, threads, cluster, actors, cpus, gpus, used):
@@ -32,6 +37,8 @@ def test_allotment(parts, nodes, threads, cluster, actors, cpus, gpus, used):
     assert (len(found.parts), found.cpus, found.gpus, found.threads) == (actors, cpus, gpus, used)
     assert sorted(part for mine in found.parts for part in mine) == list(range(parts))
     assert found.memory == 1000 * -(-parts // actors)
+    if nodes[0]:
+        assert fits([bundle | {"memory": 0} for bundle in found.bundles], nodes)
 
 
 def test_memory_can_be_set():
