@@ -125,10 +125,11 @@ class SyntheticConfig:
     does not depend on it."""
     learn_labels: bool = False
     """Learn soft labels beside the token embeddings."""
-    storage: Literal["float32", "bfloat16", "int8", "int4", "int2", "int1"] = "int8"
+    storage: Literal["auto", "float32", "bfloat16", "int8", "int4", "int2", "int1"] = "auto"
     """Number format of the token embeddings on disk; the integers have one scale a token. For 4 bits and fewer the
-    result is settled: brought onto the grid without changing what it encodes to (benchmarks/results/bytes.md)."""
-    settle_passes: int = 120
+    result is settled: brought onto the grid without changing what it encodes to (benchmarks/results/bytes.md). `auto`
+    is int4, and int8 for a graph that brings encodings, which have no numbers to spare."""
+    settle_passes: int = 60
     """Encoder passes for that."""
     gain: float = 1.0
     """What is settled has encodings so many times as long: few tokens of few bits reach long ones more exactly. The
@@ -273,6 +274,18 @@ class DistillConfig:
         if self.outer.epochs is not None:
             return self.outer.epochs
         return 0 if self.synthetic.init == "two-stage" and not self.synthetic.learn_labels else 4
+
+    @property
+    def storage(self) -> str:
+        """`synthetic.storage`, or what `auto` comes to."""
+        if self.synthetic.storage != "auto":
+            return self.synthetic.storage
+        return "int8" if self.encoder.name.startswith("given:") else "int4"
+
+    @property
+    def settles(self) -> bool:
+        """Whether the result is brought onto a grid of a few bits."""
+        return self.storage in ("int4", "int2", "int1") and not self.synthetic.discrete
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

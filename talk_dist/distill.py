@@ -137,7 +137,7 @@ def describe(pool: ShardPool, encoder: Encoder, config: DistillConfig) -> dict:
         "classes": pool.tag.classes,
         "encoder": {"name": config.encoder.name, "pooling": encoder.pooling, "width": encoder.width},
         "tokenizer": encoder.tokenizer.fingerprint,
-        "storage": config.synthetic.storage,
+        "storage": config.storage,
         "label_smoothing": config.synthetic.label_smoothing,
         "seed": config.seed,
         "threads": torch.get_num_threads(),

@@ -21,6 +21,7 @@ from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.baselines import FEATURE_LEVEL
 from talk_dist.synthetic.coresets import sample_for
 from talk_dist.synthetic.decode import exact_tokens
+from talk_dist.synthetic.grid import BITS
 from talk_dist.synthetic.init import choose, class_counts, fit_texts
 from talk_dist.synthetic.settle import settle
 from talk_dist.training_sets import TrainingSet, coreset_tag, encoded_set, token_set
@@ -83,7 +84,8 @@ class Cell:
         h_s, classes = FEATURE_LEVEL[self.method.source](sample, counts, self.seed)
         y_s = smoothed(classes, config.synthetic.label_smoothing)  # what serves one method serves all
         if not self.method.invert:
-            return SyntheticTAG(h_s[:, None], y_s, config=about | {"level": "features"}).as_stored()
+            storage = "int8" if config.storage in BITS else config.storage  # encodings have no numbers to spare
+            return SyntheticTAG(h_s[:, None], y_s, config=about | {"level": "features", "storage": storage}).as_stored()
         x_s = fit_texts(encoder, choose(pool, sample, counts, "medoid", config), h_s, config, tell.progress)
         x_s = settle(encoder, x_s, config, tell.progress)
         ids = exact_tokens(x_s, encoder.token_table) if config.synthetic.discrete else None

@@ -7,7 +7,6 @@ kernel loss into token embeddings batch by batch (method, section 5).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 from talk_dist.config import EncoderConfig, InnerConfig
 from talk_dist.data.given import given_width
 from talk_dist.data.tag import TokenLists
-from talk_dist.data.tokenizer import Tokenizer, checkpoint_file, load_pretrained, load_tokenizer, quiet
+from talk_dist.data.tokenizer import Tokenizer, load_pretrained, load_tokenizer, quiet
 from talk_dist.errors import ConfigError
 from talk_dist.models.device import SingleAttention, bfloat16, give_back_memory, pick_device
 from talk_dist.models.given import GivenEncoder
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import cut, fit_adapters, fit_encodings
 from talk_dist.models.layers import Split, add_adapters, end_in_first_position, frozen_layers
+from talk_dist.models.pooling import pooling_of
 from talk_dist.models.protocol import Adapters, Encoder, FitResult, Lower, Progress, Select
 
 TRIM_EVERY = 4  # batches
@@ -41,7 +41,7 @@ class TextEncoder:
         self.device = torch.device(pick_device(config.device))
         self.model: nn.Module = load_pretrained(AutoModel.from_pretrained, config.name, dtype=torch.float32)
         self.model.requires_grad_(False)
-        self.pooling = _pooling(config, self.model)
+        self.pooling = pooling_of(config, self.model)
         self.width = int(self.model.config.hidden_size)
         self.frozen_layers = frozen_layers(self.model, config)
         if config.adapters:
@@ -279,23 +279,3 @@ def _slices(total: int, size: int) -> list[slice]:
 
 def _seed(seed: int | None, rows: slice) -> int | None:
     return None if seed is None else seed + rows.start
-
-
-def _pooling(config: EncoderConfig, model: nn.Module) -> str:
-    """`auto`: what a sentence-transformers checkpoint says; else CLS, or the mean for causal models.
-
-    Raises ConfigError where the checkpoint says another one.
-    """
-    if config.pooling != "auto":
-        return config.pooling
-    path = checkpoint_file(config.name, "1_Pooling/config.json")
-    if path is None:
-        architectures = getattr(model.config, "architectures", None) or [""]
-        return "mean" if architectures[0].endswith(("ForCausalLM", "LMHeadModel")) else "cls"
-    said = json.loads(path.read_text())
-    older = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}  # a switch for each, not a name
-    switched = [older.get(key, key) for key, on in said.items() if key.startswith("pooling_mode_") and on is True]
-    found = said.get("pooling_mode") or ", ".join(switched)
-    if found not in ("mean", "cls"):
-        raise ConfigError(f"encoder.pooling = 'auto': {path} says {found!r}; only mean and cls are there, choose one")
-    return str(found)

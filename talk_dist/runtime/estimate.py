@@ -155,7 +155,7 @@ def plan(
     """Of a prepared graph with this ``meta``; without ``evaluation`` of the distillation alone."""
     m, t, classes = num_synthetic, config.synthetic.tokens, len(meta["classes"])
     tokens_bytes = m * t * model.width * 4
-    stored = 2 if config.synthetic.discrete else token_bytes(config.synthetic.storage, model.width)
+    stored = 2 if config.synthetic.discrete else token_bytes(config.storage, model.width)
     label = 4 * classes if config.synthetic.learn_labels else 1 if classes <= 256 else 2 if classes <= 2**15 else 4
     driver = 7 * tokens_bytes + 8 * m * model.width * 8  # Adam, gradient, best; encodings and their gradients
     adapters = 3 * 2 * 4 * config.encoder.rank * model.width * adapted_layers(config, model)

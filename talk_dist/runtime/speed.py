@@ -101,6 +101,8 @@ def work(
             flop["initialise"] += checks * (inner.passes * student + scores) + checks / two.judges * predicted
             steps["initialise"] += 2 * int(unrolled) * blocks + checks * inner.passes
     flop["outer epochs"] = epochs * (fit + scores + predicted) + config.outer_epochs * outer.steps * (inject + step)
+    if config.settles:
+        flop["settle"] = 2 * config.synthetic.settle_passes * forward
     if evaluation is not None:
         small = 1 + sum(name != "full" for name in evaluation.against)
         checks = evaluation.recipe.passes // evaluation.recipe.select_every + 1

@@ -26,9 +26,8 @@ from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
 from talk_dist.synthetic.discrete import framed, invert_tokens
 from talk_dist.synthetic.encodings import Optimised, optimise_encodings
-from talk_dist.synthetic.invert import invert
+from talk_dist.synthetic.invert import TOGETHER, invert
 
-TOGETHER = 512  # synthetic nodes inverted side by side: their histories are what it costs
 Told = Callable[[str, int, dict[str, float]], None]
 """(stage, step, metrics) of a group of nodes."""
 

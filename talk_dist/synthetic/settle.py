@@ -16,7 +16,7 @@ from torch import Tensor
 from talk_dist.config import DistillConfig
 from talk_dist.models.protocol import Encoder, Report
 from talk_dist.synthetic import grid
-from talk_dist.synthetic.invert import invert
+from talk_dist.synthetic.invert import TOGETHER, invert
 
 KEEP = 0.45  # share of the free numbers that stays free after a round
 ROUNDS = 8
@@ -28,10 +28,23 @@ def settle(encoder: Encoder, x_s: Tensor, config: DistillConfig, report: Report)
 
     Formats of 8 bits and more, and real tokens, need none of this: they get ``x_s`` back. Ends with fresh adapters.
     """
-    synthetic, batch = config.synthetic, config.outer.inject_batch
-    if synthetic.discrete or synthetic.storage not in grid.BITS:
+    if not config.settles:
         return x_s
     encoder.reset_adapters(config.seed)
+    passes, groups = config.synthetic.settle_passes, x_s.split(TOGETHER)
+    found = []
+    for group, x in enumerate(groups):
+
+        def tell(step: int, error: float, before: int = group * passes) -> None:
+            report("settle", before + step, len(groups) * passes, {"relative_error": error})
+
+        found.append(_settled(encoder, x, config, tell))
+    return torch.cat(found)
+
+
+def _settled(encoder: Encoder, x_s: Tensor, config: DistillConfig, tell: Callable[[int, float], None]) -> Tensor:
+    """`settle` of nodes that are held side by side."""
+    synthetic, batch, bits = config.synthetic, config.outer.inject_batch, grid.BITS[config.storage]
     target = synthetic.gain * encoder.encode_embeds(x_s, batch=batch)
     size = target.square().sum(1)
 
@@ -39,15 +52,15 @@ def settle(encoder: Encoder, x_s: Tensor, config: DistillConfig, report: Report)
         distances, gradients = encoder.residual(x.view(-1, *x_s.shape[1:]), target, batch)
         return distances, gradients.flatten(1)
 
-    def tell(step: int, distances: Tensor) -> None:
-        report("settle", step, synthetic.settle_passes, {"relative_error": float(distances.sum() / size.sum())})
-
-    bits = grid.BITS[synthetic.storage]
     step = grid.steps(x_s, bits)
     # The largest number of a token is what says its step, so it keeps an outermost level.
     anchors = torch.zeros_like(x_s).scatter_(-1, x_s.abs().argmax(-1, keepdim=True), 1.0).bool()
     settled = Settling(residual, step.expand_as(x_s).flatten(1), bits, size, anchors.flatten(1))
-    return settled.run(x_s.flatten(1), synthetic.settle_passes, tell).view_as(x_s)
+
+    def told(done: int, distances: Tensor) -> None:
+        tell(done, float(distances.sum() / size.sum()))
+
+    return settled.run(x_s.flatten(1), synthetic.settle_passes, told).view_as(x_s)
 
 
 @dataclass(frozen=True)

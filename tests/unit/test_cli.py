@@ -195,7 +195,7 @@ def test_export(finished, told, tmp_path):
     _, err = told("export", finished, "--out", tmp_path, code=2)
     assert "Is a directory" in err
     copy = shutil.copytree(finished / "synthetic", tmp_path / "copy")
-    (copy / "config.json").write_text("{}")
+    (copy / "config.json").write_text('{"storage": "int4"}')
     _, err = told("export", copy, "--out", tmp_path / "c.pt", "--encodings", "true", code=2)
     assert "does not say how it was distilled" in err
 

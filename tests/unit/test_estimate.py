@@ -84,7 +84,8 @@ def test_more_work_costs_more(tags):
         return plan(meta, changed, MINILM, 5, evaluation).seconds(1e11)
 
     base = seconds(config)
-    assert set(base) == {"encode", "initialise", "outer epochs"}
+    assert set(base) == {"encode", "initialise", "outer epochs", "settle"}
+    assert "settle" not in seconds(with_values(config, synthetic={"storage": "int8"}))
     assert all(value > 0 for value in base.values())
     assert seconds(with_values(config, encoder={"adapters": True}))["encode"] > base["encode"]
     assert seconds(with_values(config, outer={"epochs": 50}))["outer epochs"] > base["outer epochs"]

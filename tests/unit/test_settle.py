@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from talk_dist.config import DistillConfig, SyntheticConfig
+from talk_dist.config import DistillConfig, EncoderConfig, SyntheticConfig
 from talk_dist.errors import ConfigError
 from talk_dist.runtime.outer import Objective
 from talk_dist.synthetic import grid
+from talk_dist.synthetic import settle as module
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.settle import Settling, settle
 
@@ -58,7 +59,7 @@ def with_storage(**fields):
 @pytest.mark.parametrize("storage", ["int4", "int2", "int1"])
 def test_a_settled_set_is_stored_as_it_is_and_encodes_to_what_it_did(make_encoder, storage, gain):
     encoder, x = make_encoder(), torch.randn(5, 6, 32, generator=torch.Generator().manual_seed(3))
-    config = with_storage(storage=storage, gain=gain)
+    config = with_storage(storage=storage, gain=gain, settle_passes=120)
     settled = settle(encoder, x, config, lambda *_: None)
     about = {"storage": storage, "classes": ["a", "b"]}
     labels = torch.eye(2)[[0, 0, 1, 1, 1]]
@@ -70,6 +71,25 @@ def test_a_settled_set_is_stored_as_it_is_and_encodes_to_what_it_did(make_encode
 
 def distance(encoder, x, wanted):
     return float((encoder.encode_embeds(x) - wanted).square().sum())
+
+
+def test_groups_are_settled_as_they_are_by_themselves(make_encoder, monkeypatch):
+    """What is held in memory at once does not change the result, and the report goes on from group to group."""
+    encoder, x = make_encoder(), torch.randn(6, 6, 32, generator=torch.Generator().manual_seed(3))
+    config, told = with_storage(settle_passes=20), []
+    monkeypatch.setattr(module, "TOGETHER", 2)
+    found = settle(encoder, x, config, lambda stage, step, total, facts: told.append((step, total)))
+    alone = [settle(encoder, some, config, lambda *_: None) for some in x.split(2)]
+    assert torch.equal(found, torch.cat(alone))
+    assert [step for step, _ in told] == sorted(step for step, _ in told)
+    assert told[-1] == (60, 60)
+
+
+def test_auto_is_four_bits_and_eight_for_encodings():
+    assert DistillConfig().storage == "int4"
+    given = dataclasses.replace(DistillConfig(), encoder=EncoderConfig("given:8"))
+    assert given.storage == "int8"
+    assert with_storage(storage="int2").storage == "int2"
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
