@@ -61,6 +61,11 @@ def test_the_plan_reads(tmp_path: Path) -> None:
     assert [method.kind for method in plan.methods] == ["distill", "distill", "coreset", "features", "features"]
 
 
+@pytest.mark.parametrize("plan", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_plans_of_the_benchmarks_can_be_run(plan: Path) -> None:
+    assert read_plan(str(plan), settings_of).methods
+
+
 @pytest.mark.parametrize("block", [block for block in blocks("yaml") if "methods:" not in block])
 def test_spaces_read(block: str) -> None:
     tree = yaml.safe_load(block)
