@@ -129,7 +129,7 @@ class SyntheticConfig:
     """Number format of the token embeddings on disk; the integers have one scale a token. For 4 bits and fewer the
     result is settled: brought onto the grid without changing what it encodes to (benchmarks/results/bytes.md). `auto`
     is int4, and int8 for a graph that brings encodings, which have no numbers to spare."""
-    settle_passes: int = 60
+    settle_passes: int = 30
     """Encoder passes for that."""
     gain: float = 1.0
     """What is settled has encodings so many times as long: few tokens of few bits reach long ones more exactly. The

@@ -84,9 +84,12 @@ class Settling:
         weight = torch.rand(total, generator=torch.Generator().manual_seed(0))  # the same order for each node
         for turn in range(1, ROUNDS + 1):
             turns = (2 if turn == 1 else 1) * share
-            x = self.fit(x, free, turns)
+
+            def told(step: int, distances: Tensor, before: int = done) -> None:
+                tell(before + step, distances)
+
+            x = self.fit(x, free, turns, told)
             done += turns
-            tell(done, self.residual(x)[0])
             left = int(total * KEEP**turn) if turn < ROUNDS else 0
             off = torch.where(free, (self.rounded(x) - x).abs() / self.step * weight, -1.0)
             free = off.argsort(1).argsort(1) >= total - left
@@ -96,7 +99,7 @@ class Settling:
     def rounded(self, x: Tensor) -> Tensor:
         return grid.on_grid(x, self.step, self.bits)
 
-    def fit(self, x: Tensor, free: Tensor, passes: int) -> Tensor:
+    def fit(self, x: Tensor, free: Tensor, passes: int, tell: Callable[[int, Tensor], None]) -> Tensor:
         """`invert` of the free numbers; those beyond the grid are drawn back into it."""
         reach = self.step * (grid.top(self.bits) + 0.5)
         pull = self.size[:, None] / reach.square().sum(1, keepdim=True)
@@ -106,7 +109,7 @@ class Settling:
             beyond = (z.abs() - reach).clamp_min(0.0) * free
             return distance + (pull * beyond.square()).sum(1), (gradient + 2 * pull * beyond * z.sign()) * free
 
-        return torch.where(free, invert(held, x, passes, torch.full_like(self.size, -1.0), lambda *_: None), x)
+        return torch.where(free, invert(held, x, passes, torch.full_like(self.size, -1.0), tell), x)
 
     def move(self, x: Tensor, passes: int, tell: Callable[[int, Tensor], None]) -> Tensor:
         """Some numbers at once, those with the steepest descent, by one level; kept where the distance falls."""
