@@ -48,8 +48,9 @@ def allot(
     runtime: RuntimeConfig,
     cluster: ClusterConfig,
     memory: Callable[[Sequence[int]], int],
+    runs: int = 1,
 ) -> Allotment:
-    """Who gets what, from the settings and the resources of the nodes that are there now.
+    """Who gets what, from the settings and the resources of the nodes that are there now, of one of so many ``runs``.
 
     As many actors as there are parts, GPUs (where there are any) and cores for; each takes an equal share of the
     cores that are not another's, on one node. ``memory`` says what an actor with these parts needs, in bytes.
@@ -57,8 +58,8 @@ def allot(
     gpus = cluster.gpus if cluster.gpus >= 0 else float(any(node.get("GPU", 0) for node in nodes))
     actors = min(cluster.actors or num_parts, num_parts)
     if not cluster.actors and any(node.get("CPU", 0) for node in nodes):  # some start workers when asked
-        actors = min(actors, max(1, seats(nodes, cluster.cpus or runtime.threads or 1, gpus)))
-    cpus = cluster.cpus or float(runtime.threads or equal_share(nodes, actors, gpus))
+        actors = min(actors, max(1, seats(nodes, cluster.cpus or runtime.threads or 1, gpus) // runs))
+    cpus = cluster.cpus or float(runtime.threads or equal_share(nodes, actors * runs, gpus))
     parts = tuple(tuple(range(index, num_parts, actors)) for index in range(actors))
     needed = max(memory(mine) for mine in parts)
     reserved = int(cluster.memory_gib * 2**30) or needed
@@ -120,7 +121,7 @@ def _alike(ours: dict[str, float], theirs: dict[str, float]) -> bool:
 def seats(nodes: Sequence[dict[str, float]], cpus: float, gpus: float = 0.0) -> int:
     """How many processes find so many cores and GPUs, each on one node."""
     able = [[node.get("CPU", 0) // cpus] + ([node.get("GPU", 0) // gpus] if gpus else []) for node in nodes]
-    return int(sum(map(min, able)))
+    return int(sum(max(0, min(each)) for each in able))
 
 
 def equal_share(nodes: Sequence[dict[str, float]], count: int, gpus: float = 0.0) -> int:

@@ -93,14 +93,12 @@ class RaySession:
 
     def allotment(self, tag: PreparedTag, memory: Callable[[Sequence[int]], int], runs: int = 1) -> Allotment:
         """What the shards of ``tag`` get where ``runs`` share the cluster."""
-        nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-        for node in nodes:
-            node["CPU"], node["GPU"] = node.get("CPU", 0) // runs, node.get("GPU", 0) / runs
+        nodes = [{"CPU": 0.0, "GPU": 0.0} | node["Resources"] for node in ray.nodes() if node["Alive"]]
         asked = self.config.deepspeed
-        for _ in range(asked.workers):  # they have their share already
+        for _ in range(asked.workers * runs):  # they have their share already
             richest = max(nodes, key=lambda node: (node["GPU"] if asked.gpus else 0, node["CPU"]))
             richest["CPU"], richest["GPU"] = richest["CPU"] - asked.cpus, richest["GPU"] - asked.gpus
-        return allot(tag.num_parts, nodes, self.config.runtime, self.config.cluster, memory)
+        return allot(tag.num_parts, nodes, self.config.runtime, self.config.cluster, memory, runs)
 
     def refuse_if_hopeless(self, asked: Sequence[dict[str, float]], what: str, remedy: str) -> None:
         """Raises CapacityError at once if a Ray of our own is too small for the bundles that are ``asked`` of it."""

@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -126,6 +127,20 @@ def test_a_ray_of_our_own_that_is_too_small(tags, encoder_folder, tmp_path):
     assert "no room for the shards: 2 × (1 CPU and 1 GPU and " in line
     assert "2 GPU (it has 0 GPU, 0 GPU free)" in line
     assert "Nothing can join a Ray that was started for this run: lower cluster.actors" in line
+
+
+@pytest.mark.parametrize(
+    ("workers", "runs", "actors", "gpus"),
+    [(0, 1, 4, 1), (2, 1, 2, 1), (0, 4, 1, 1), (0, 2, 2, 1), (1, 2, 1, 1)],
+)
+def test_gpus_of_workers_and_of_other_runs_are_not_given_twice(monkeypatch, workers, runs, actors, gpus):
+    """Four nodes with a GPU each."""
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}} for _ in range(4)]
+    monkeypatch.setattr(session.ray, "nodes", lambda: nodes)
+    config = DistillConfig(deepspeed=DeepSpeedConfig(workers=workers, gpus=1.0))
+    found = RaySession(config, ExitStack()).allotment(SimpleNamespace(num_parts=4), lambda parts: 1, runs)
+    assert (len(found.parts), found.gpus) == (actors, gpus)
+    assert nodes[0]["Resources"] == {"CPU": 8.0, "GPU": 1.0}
 
 
 def test_encoder_workers_and_shards_share_the_room(one_ray, tags, make_encoder):
