@@ -107,16 +107,25 @@ def select(sample: TrainSample, counts: np.ndarray, method: str, seed: int, bloc
     return chosen
 
 
-def class_centres(sample: TrainSample, counts: np.ndarray, seed: int, blocks: int = 1) -> np.ndarray:
-    """Class-wise k-means centres of the sampled features (M, d), in the order and with the ``blocks`` of `select`.
+def class_centres(
+    sample: TrainSample,
+    counts: np.ndarray,
+    seed: int,
+    blocks: int = 1,
+    tell: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Class-wise k-means centres of the sampled features (M, d), in the order and with the ``blocks`` of `select`;
+    ``tell`` hears how many there are.
 
     Several blocks, which together are less a matter of luck, have one try each, in single precision.
     """
-    found = np.empty((counts.sum(), sample.features.shape[1]), np.float32)
+    found, done = np.empty((counts.sum(), sample.features.shape[1]), np.float32), 0
     for places, rows in _shares(sample, counts, blocks):
         features = sample.features[rows].astype(np.float64 if blocks == 1 else np.float32)
         own = centres(features, len(places), seed, 4 if blocks == 1 else 1)
         found[places] = own[np.resize(np.arange(len(own)), len(places))]
+        done += len(places)
+        tell(done)
     return found
 
 

@@ -82,7 +82,11 @@ def initialise(
     if cut_off:
         found = Optimised(cut_off.tensors["h_s"], **cut_off.facts)
     else:
-        start = torch.from_numpy(class_centres(sample, counts, config.seed, blocks))
+
+        def told(done: int) -> None:
+            report("centres", done, int(counts.sum()), {})
+
+        start = torch.from_numpy(class_centres(sample, counts, config.seed, blocks, told))
         real.teach(report)
         found = optimise_encodings(pool, start, classes, config, report, starting)
     if given:
