@@ -123,8 +123,9 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _listed(value: Any, kind: Any) -> Any:
-    """What YAML read, a list as a tuple, numbers as numbers."""
-    return tuple(number(each, get_args(kind)[0]) for each in value) if isinstance(value, list) else value
+    """What YAML read; where ``kind`` is a tuple, a list as one, of numbers where it has them."""
+    kinds = get_args(kind)
+    return tuple(number(each, kinds[0]) for each in value) if kinds and isinstance(value, list) else value
 
 
 def _wrong_tables(name: str, entry: Any) -> list[str]:

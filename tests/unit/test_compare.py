@@ -201,6 +201,7 @@ def test_all_that_is_wrong_is_told_before_anything_runs(plan, told, tmp_path):
     [
         ({"sizes": 0.01}, "sizes = 0.01: must be a list such as a,b, each a number"),
         ({"splits": 3}, "splits = 3: must be a list"),
+        ({"seeds": [3]}, "seeds = [3]: must be a whole number"),
         ({"splits": [-1]}, "splits = (-1,): must be seeds, not negative"),
         ({"adapters": ["no"]}, "adapters = ('no',): must be a list such as a,b, each true or false"),
         ({"settings": ["a"]}, "settings = ['a']: must be settings and their values"),
