@@ -14,6 +14,7 @@ from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
 from talk_dist.schema import build, check, check_types
 from talk_dist.training import InnerConfig, StudentConfig
 
+BITS = {"int1": 1, "int2": 2, "int4": 4}  # number formats onto whose grid a result is settled
 SEEDS = 2**31  # some below are sums with it, and scikit-learn's end at 2^32
 
 
@@ -278,14 +279,13 @@ class DistillConfig:
     @property
     def storage(self) -> str:
         """`synthetic.storage`, or what `auto` comes to."""
-        if self.synthetic.storage != "auto":
-            return self.synthetic.storage
-        return "int8" if self.encoder.name.startswith("given:") else "int4"
+        auto = "int8" if self.encoder.name.startswith("given:") else "int4"
+        return auto if self.synthetic.storage == "auto" else self.synthetic.storage
 
     @property
     def settles(self) -> bool:
         """Whether the result is brought onto a grid of a few bits."""
-        return self.storage in ("int4", "int2", "int1") and not self.synthetic.discrete
+        return self.storage in BITS and not self.synthetic.discrete
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from talk_dist.config import DistillConfig
-from talk_dist.errors import DataError
 from talk_dist.models.gnn import Student
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback, Callbacks
@@ -42,8 +41,7 @@ def distill(
     goes on from there to the same result. No label of a test node is read. Raises ConfigError, NotPSDError, and
     DataError for a graph without validation nodes.
     """
-    if not pool.tag.meta["split_sizes"]["val"]:
-        raise DataError(pool.tag.path, "no labelled node is in the val split, by which the result is chosen")
+    pool.tag.check_split("val")
     tell = Callbacks(callbacks)
     objective, real = Objective(pool, config), RealSide(pool, config)
     saved = checkpoint.load() if checkpoint else None

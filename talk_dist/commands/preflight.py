@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from talk_dist.commands.folder import ARTIFACT, RunFolder
-from talk_dist.config import DistillConfig
+from talk_dist.config import BITS, DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.given import given_name, given_width
 from talk_dist.data.tag import PreparedTag
@@ -19,7 +20,6 @@ from talk_dist.models.shape import ModelShape
 from talk_dist.runtime import estimate
 from talk_dist.runtime.fields import available_disk
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
-from talk_dist.synthetic.grid import BITS
 from talk_dist.synthetic.init import class_counts, num_synthetic
 
 T = TypeVar("T")
@@ -63,12 +63,7 @@ def check_tag(tag: PreparedTag, config: DistillConfig, splits: Sequence[str], pr
         need = f"set --kernel.hops {halo_hops + 1} or prepare it again with --halo_hops {hops - 1}"
         problems.errors.append(ConfigError(f"kernel.hops = {hops}: {tag.path} has halos for {halo_hops + 1}; {need}"))
     for split in splits:
-        if not meta["split_sizes"][split]:
-            problems.errors.append(
-                DataError(
-                    tag.path, f"no labelled node is in the {split} split; give it some and prepare the graph again"
-                )
-            )
+        problems.attempt(partial(tag.check_split, split))
     problems.attempt(lambda: check_given(tag, config))
 
 

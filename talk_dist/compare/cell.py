@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from talk_dist.compare.plan import Method
-from talk_dist.config import DistillConfig, InnerConfig
+from talk_dist.config import BITS, DistillConfig, InnerConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import describe, distill
 from talk_dist.models.inner import smoothed
@@ -21,7 +21,6 @@ from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.baselines import FEATURE_LEVEL
 from talk_dist.synthetic.coresets import sample_for
 from talk_dist.synthetic.decode import exact_tokens
-from talk_dist.synthetic.grid import BITS
 from talk_dist.synthetic.init import choose, class_counts, fit_texts
 from talk_dist.synthetic.settle import settle
 from talk_dist.training_sets import TrainingSet, coreset_tag, encoded_set, token_set

@@ -147,7 +147,7 @@ def _wrong(plan: Plan) -> list[str]:
     checks = {
         "sizes": (min(plan.sizes, default=0) >= 0, "fractions, or numbers of nodes"),
         "students": (set(plan.students) <= set(get_args(StudentKind)), f"some of {', '.join(get_args(StudentKind))}"),
-        "adapters": (True, "[false], [true] or [false, true]"),
+        "adapters": (bool(plan.adapters), "[false], [true] or [false, true]"),
         "splits": (min(plan.splits, default=0) >= 0, "seeds, not negative"),
         "seeds": (plan.seeds > 0, "a number of students, at least 1"),
         "full_lr": (all(rate > 0 for rate in plan.full_lr), "learning rates above 0"),

@@ -185,6 +185,13 @@ class PreparedTag:
         """(C,) number of training nodes of each class."""
         return np.array(self.meta["class_counts"]["train"], dtype=np.int64)
 
+    def check_split(self, split: str) -> None:
+        """Raises DataError unless some labelled node is in ``split``."""
+        if not self.meta["split_sizes"][split]:
+            raise DataError(
+                self.path, f"no labelled node is in the {split} split; give it some and prepare the graph again"
+            )
+
     def check_tokenizer(self, name: str, fingerprint: str) -> None:
         """Raises DataError unless the texts were tokenised by the tokenizer that has ``fingerprint``."""
         made, width = self.meta["tokenizer"], self.encoding_width

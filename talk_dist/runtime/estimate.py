@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from talk_dist.config import DistillConfig
+from talk_dist.config import BITS, DistillConfig
 from talk_dist.models.shape import ModelShape
 from talk_dist.runtime.chunks import LIVE_BUFFERS, TILE_ELEMENTS, TILE_ROWS
 from talk_dist.runtime.fields import READ_ROWS
@@ -182,8 +182,8 @@ def plan(
 
 def token_bytes(storage: str, width: int) -> int:
     """Of one stored token embedding, its scale included."""
-    if storage in ("int4", "int2", "int1"):
-        return width * int(storage[3:]) // 8 + 2
+    if storage in BITS:
+        return width * BITS[storage] // 8 + 2
     return {"float32": 4 * width, "bfloat16": 2 * width, "int8": width + 4}[storage]
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from talk_dist.config import BITS
 from talk_dist.data import storage
 from talk_dist.data.given import given_width
 from talk_dist.errors import DataError
@@ -92,8 +93,8 @@ class SyntheticTAG:
         if self.token_ids is not None:
             small = int(self.token_ids.max()) < 1 << 16
             stored["token_ids"] = self.token_ids.to(torch.uint16 if small else torch.int32).contiguous()
-        elif kind in grid.BITS:
-            stored |= grid.pack(x, grid.BITS[kind])
+        elif kind in BITS:
+            stored |= grid.pack(x, BITS[kind])
         elif kind == "int8":
             scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127.0
             stored["token_scales"] = scale.squeeze(-1).contiguous()
@@ -160,7 +161,7 @@ class SyntheticTAG:
             raise DataError(str(path), f"{TENSORS} has no {' and no '.join(sorted(missing))}; distil or copy it again")
         config, metrics = (storage.read_json(storage.join(path, name)) for name in (CONFIG, METRICS))
         kind, embeds = config.get("storage"), tensors.get("token_embeds")
-        if embeds is not None and (embeds.dtype == torch.uint8) != (kind in grid.BITS):
+        if embeds is not None and (embeds.dtype == torch.uint8) != (kind in BITS):
             raise DataError(str(path), f"{CONFIG} says storage {kind!r}, {TENSORS} is another; distil or copy it again")
         return _from_tensors(tensors, config, metrics)
 
@@ -227,8 +228,8 @@ def _from_tensors(tensors: dict[str, Tensor], config: dict[str, Any], metrics: d
     kind, ids = config.get("storage"), tensors["token_ids"].long() if "token_ids" in tensors else None
     if ids is not None:
         x = torch.zeros(*ids.shape, 0)
-    elif kind in grid.BITS:
-        x = grid.unpack(tensors["token_embeds"], tensors["token_scales"], grid.BITS[kind])
+    elif kind in BITS:
+        x = grid.unpack(tensors["token_embeds"], tensors["token_scales"], BITS[kind])
     else:
         x = tensors["token_embeds"].float()
         if "token_scales" in tensors:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from talk_dist.errors import ConfigError
 
-BITS = {"int1": 1, "int2": 2, "int4": 4}
 _RATIOS = torch.logspace(0, -1.7, 40)  # of the range that is kept; what lies outside takes the outermost level
 
 

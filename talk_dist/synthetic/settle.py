@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from talk_dist.config import DistillConfig
+from talk_dist.config import BITS, DistillConfig
 from talk_dist.models.protocol import Encoder, Report
 from talk_dist.synthetic import grid
 from talk_dist.synthetic.invert import TOGETHER, invert
@@ -44,7 +44,7 @@ def settle(encoder: Encoder, x_s: Tensor, config: DistillConfig, report: Report)
 
 def _settled(encoder: Encoder, x_s: Tensor, config: DistillConfig, tell: Callable[[int, float], None]) -> Tensor:
     """`settle` of nodes that are held side by side."""
-    synthetic, batch, bits = config.synthetic, config.outer.inject_batch, grid.BITS[config.storage]
+    synthetic, batch, bits = config.synthetic, config.outer.inject_batch, BITS[config.storage]
     target = synthetic.gain * encoder.encode_embeds(x_s, batch=batch)
     size = target.square().sum(1)
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch_geometric.data import Data
 
+from talk_dist.config import BITS
 from talk_dist.data import storage
 from talk_dist.errors import ConfigError, DataError
 from talk_dist.runtime.checkpoint import Checkpoint, DistillState
@@ -48,7 +49,7 @@ def test_round_trip(kind, mask, tmp_path):
     if kind in bound:
         assert (error <= bound[kind]).all()
     else:  # no worse, over a token, than half a step of a grid as wide as its numbers, at 16 bits
-        half = tag.token_embeds.abs().amax(-1) / (2 ** grid.BITS[kind] - 1) * (1 + 2**-10) + 1e-4
+        half = tag.token_embeds.abs().amax(-1) / (2 ** BITS[kind] - 1) * (1 + 2**-10) + 1e-4
         assert (error.square().sum(-1) <= 8 * half.square()).all()
     assert back.labels.equal(tag.labels)
     assert (back.mask is None) if not mask else back.mask.equal(tag.mask)
