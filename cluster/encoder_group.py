@@ -168,6 +168,7 @@ class EncoderGroup:
         seed: int = 0,
         batch: int = 32,
         select: Select | None = None,
+        progress: Progress | None = None,
     ) -> FitResult:
         """The inner loop: train student and adapters on the synthetic set; the best of both end up loaded.
 
@@ -176,7 +177,7 @@ class EncoderGroup:
         """
         if not self.adapted:
             h_s = self.encode_embeds(x_s, mask, batch)
-            return fit_encodings(student, h_s, y_s, config, seed=seed, select=select)
+            return fit_encodings(student, h_s, y_s, config, seed=seed, select=select, progress=progress)
         if select is not None:
             raise ConfigError("workers that share the language model train adapters without `select`")
         arguments = ray.put(student), _shared(x_s), _shared(y_s), config, _shared(mask), seed, batch

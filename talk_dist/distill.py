@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def distill(
         student = Student(config.student, encoder.width, state.y_s.shape[1], seed)
         with meter.time("inner"):
             batch = config.outer.inject_batch
-            inner = encoder.fit(student, state.x_s, state.y_s, config.inner, seed=seed, batch=batch)
+            told = partial(tell.progress, "student", metrics={})
+            inner = encoder.fit(student, state.x_s, state.y_s, config.inner, seed=seed, batch=batch, progress=told)
         real.encode(encoder, tell.progress)
         with meter.time("validate"):
             h_s = encoder.encode_embeds(state.x_s, batch=batch)

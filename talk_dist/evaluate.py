@@ -183,14 +183,22 @@ def students(
 ) -> Iterator[Trained]:
     """``config.seeds`` students of a set, scored on the validation nodes alone; the pool holds each one's encodings
     until the next is asked for."""
+    passes, facts = 1, dict[str, float]()
+
+    def told(done: int, most: int) -> None:
+        nonlocal passes
+        passes = most
+        progress(trained_on.name, seed * passes + done, config.seeds * passes, facts)
+
     for seed in range(config.seeds):
         encoder.reset_adapters(seed)
         student = Student(config.student, encoder.width, len(pool.tag.classes), seed)
-        trained_on.train(student, seed)
+        trained_on.train(student, seed, told)
         adapters = encoder.adapters()
         pool.encode(adapters)
         trained = Trained(StudentState.of(student), adapters, student_accuracy(pool, student, "val"))
-        progress(trained_on.name, seed + 1, config.seeds, {"val": trained.val_accuracy})
+        facts = {"val": trained.val_accuracy}
+        told(passes, passes)  # also those that were not needed
         yield trained
 
 

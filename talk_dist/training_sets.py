@@ -13,7 +13,7 @@ from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student
 from talk_dist.models.inner import fit_encodings, one_hot, smoothed
-from talk_dist.models.protocol import Encoder
+from talk_dist.models.protocol import Encoder, Progress
 from talk_dist.runtime.full import WholeGraph, fit_full
 from talk_dist.runtime.outer import Objective, accuracy, student_accuracy
 from talk_dist.runtime.pool import ShardPool
@@ -23,12 +23,13 @@ from talk_dist.synthetic.coresets import METHODS, sample_for, select
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What students are trained on: ``train(student, seed)`` trains one, and the encoder's adapters if it has any."""
+    """What students are trained on: ``train(student, seed, progress)`` trains one, and the encoder's adapters if it has
+    any."""
 
     name: str
     nodes: int
     bytes: int
-    train: Callable[[Student, int], None]
+    train: Callable[[Student, int, Progress], None]
     krr_accuracy: float | None = None  # of the kernel predictor on the test nodes
 
 
@@ -64,8 +65,8 @@ def token_set(
     h_s = encoder.encode_embeds(tag.token_embeds, tag.mask)
     krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
 
-    def train(student: Student, seed: int) -> None:
-        train_on(tag, student, pool, encoder, recipe, seed)
+    def train(student: Student, seed: int, progress: Progress) -> None:
+        train_on(tag, student, pool, encoder, recipe, seed, progress)
 
     return TrainingSet(name, len(tag), tag.num_bytes(), train, krr)
 
@@ -77,8 +78,11 @@ def encoded_set(
     h_s = tag.token_embeds[:, 0]
     krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
 
-    def train(student: Student, seed: int) -> None:
-        fit_encodings(student, h_s, tag.labels, recipe, seed=seed, select=lambda s: student_accuracy(pool, s, "val"))
+    def train(student: Student, seed: int, progress: Progress) -> None:
+        def validated(trained: Student) -> float:
+            return student_accuracy(pool, trained, "val")
+
+        fit_encodings(student, h_s, tag.labels, recipe, seed=seed, select=validated, progress=progress)
 
     return TrainingSet(name, len(tag), tag.num_bytes(), train, krr)
 
@@ -89,14 +93,22 @@ def full_set(
     """Every training node of ``whole``, the pool's graph; with adapters ``epochs`` of joint training."""
     meta = pool.tag.meta
 
-    def train(student: Student, seed: int) -> None:
-        fit_full(encoder, student, pool, whole, recipe, epochs, label_smoothing=label_smoothing, seed=seed)
+    def train(student: Student, seed: int, progress: Progress) -> None:
+        fit_full(
+            encoder, student, pool, whole, recipe, epochs, label_smoothing=label_smoothing, seed=seed, progress=progress
+        )
 
     return TrainingSet("full", meta["split_sizes"]["train"], meta["text"]["train_bytes"], train)
 
 
 def train_on(
-    tag: SyntheticTAG, student: Student, pool: ShardPool, encoder: Encoder, recipe: InnerConfig, seed: int
+    tag: SyntheticTAG,
+    student: Student,
+    pool: ShardPool,
+    encoder: Encoder,
+    recipe: InnerConfig,
+    seed: int,
+    progress: Progress | None = None,
 ) -> None:
     """Train ``student``, and the encoder's adapters if it has any, on a small set, and keep the pass that validates
     best; of adapters on workers, which cannot be asked in between, that of the lowest training loss."""
@@ -106,4 +118,6 @@ def train_on(
         return student_accuracy(pool, trained, "val")
 
     choose = validated if not encoder.adapted or isinstance(encoder, TextEncoder) else None
-    encoder.fit(student, tag.token_embeds, tag.labels, recipe, mask=tag.mask, seed=seed, select=choose)
+    encoder.fit(
+        student, tag.token_embeds, tag.labels, recipe, mask=tag.mask, seed=seed, select=choose, progress=progress
+    )

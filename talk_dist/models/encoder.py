@@ -195,6 +195,7 @@ class TextEncoder:
         seed: int = 0,
         batch: int = 32,
         select: Select | None = None,
+        progress: Progress | None = None,
     ) -> FitResult:
         """Train on (x_s, y_s, I) with soft-label cross-entropy; ends with the best student and adapters loaded.
 
@@ -202,8 +203,10 @@ class TextEncoder:
         """
         if not self.adapted:
             h_s = self.encode_embeds(x_s, mask, batch)
-            return fit_encodings(student, h_s, y_s, config, seed=seed, select=select)
-        return fit_adapters(self, student, x_s, y_s, config, mask=mask, seed=seed, batch=batch, select=select)
+            return fit_encodings(student, h_s, y_s, config, seed=seed, select=select, progress=progress)
+        return fit_adapters(
+            self, student, x_s, y_s, config, mask=mask, seed=seed, batch=batch, select=select, progress=progress
+        )
 
     def states_below(self, x: Tensor, mask: Tensor | None = None, batch: int = 32) -> Tensor | None:
         """What enters the first layer with adapters, (M, T, d), of token embeddings ``x``; None if that is the first

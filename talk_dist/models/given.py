@@ -107,9 +107,11 @@ class GivenEncoder:
         seed: int = 0,
         batch: int = 32,
         select: Select | None = None,
+        progress: Progress | None = None,
     ) -> FitResult:
         """`fit_encodings`."""
-        return fit_encodings(student, self.encode_embeds(x_s), y_s, config, seed=seed, select=select)
+        h_s = self.encode_embeds(x_s)
+        return fit_encodings(student, h_s, y_s, config, seed=seed, select=select, progress=progress)
 
     def _encoding(self, x: Tensor) -> Tensor:
         """(M, d) of (M, 1, d). Raises ConfigError for another shape."""

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from talk_dist.config import InnerConfig
 from talk_dist.errors import ConfigError
 from talk_dist.models.gnn import Student
-from talk_dist.models.protocol import Adapters, FitResult, Select
+from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
 
 
 def diverged(loss: float, index: int) -> ConfigError:
@@ -69,6 +69,7 @@ def fit_adapters(
     seed: int = 0,
     batch: int = 32,
     select: Select | None = None,
+    progress: Progress | None = None,
 ) -> FitResult:
     """Train student and adapters on (x_s, y_s, I). Layers below the adapters run once.
 
@@ -81,7 +82,7 @@ def fit_adapters(
     selected = -math.inf
     if select is not None:
         h_s = encoder.encode_embeds(x_s, mask, batch)
-        selected = fit_encodings(student, h_s, y_s, config, seed=seed, select=select).selected
+        selected = fit_encodings(student, h_s, y_s, config, seed=seed, select=select, progress=progress).selected
     targets, below = soft_labels(y_s), encoder.states_below(x_s, mask, batch)
 
     def step(index: int) -> Tensor:
@@ -95,11 +96,18 @@ def fit_adapters(
             total += loss.detach()
         return total
 
-    return train(step, student, config, encoder=encoder, seed=seed, select=select, selected=selected)
+    return train(step, student, config, encoder=encoder, seed=seed, select=select, selected=selected, progress=progress)
 
 
 def fit_encodings(
-    student: Student, h_s: Tensor, y_s: Tensor, config: InnerConfig, *, seed: int = 0, select: Select | None = None
+    student: Student,
+    h_s: Tensor,
+    y_s: Tensor,
+    config: InnerConfig,
+    *,
+    seed: int = 0,
+    select: Select | None = None,
+    progress: Progress | None = None,
 ) -> FitResult:
     """Train a student on fixed encodings (M, d) of nodes that only see themselves."""
     targets = soft_labels(y_s)
@@ -109,7 +117,7 @@ def fit_encodings(
         loss.backward()
         return loss.detach()
 
-    return train(step, student, config, seed=seed, select=select)
+    return train(step, student, config, seed=seed, select=select, progress=progress)
 
 
 def train(
@@ -121,14 +129,15 @@ def train(
     seed: int,
     select: Select | None = None,
     selected: float = -math.inf,
+    progress: Progress | None = None,
 ) -> FitResult:
     """AdamW on student and adapters over ``step(pass)``, which leaves gradients and returns the loss.
 
     Without ``select`` the best pass has the lowest training loss; with it, the highest ``select(student)`` (validation
     accuracy), asked every ``config.select_every`` passes, with adapters ``adapter_select_every``, and the end comes
     after ``select_patience`` answers in a row that are no better; ``selected`` is what it says of the start, which
-    remains if nothing is better. Shared by the small sets above and by the full-data
-    reference, so that one recipe serves both.
+    remains if nothing is better. ``progress(passes done, at most)`` comes before every pass. Shared by the small sets
+    above and by the full-data reference, so that one recipe serves both.
     """
     parameters = encoder.adapter_parameters() if encoder else {}
     every = config.adapter_select_every if encoder else config.select_every
@@ -146,6 +155,8 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for index in range(1, config.passes + 1):
+            if progress:
+                progress(index - 1, config.passes)
             student.train()
             optimizer.zero_grad()
             loss = float(step(index))

@@ -120,5 +120,7 @@ class Encoder(Protocol):
         seed: int = 0,
         batch: int = 32,
         select: Select | None = None,
+        progress: Progress | None = None,
     ) -> FitResult:
-        """The inner loop: train student and adapters on the synthetic set; the best of both end up loaded."""
+        """The inner loop: train student and adapters on the synthetic set; the best of both end up loaded.
+        ``progress(passes done, at most)`` before every pass where they are trained in this process."""

@@ -19,7 +19,7 @@ class Callback:
     """Override what you need; both do nothing here."""
 
     def progress(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        """Within a stage (`encode`, `encodings`, `tokens`, `steps`): may come many times a second."""
+        """Within a stage (`encode`, `encodings`, `tokens`, `student`, `steps`, …): may come many times a second."""
 
     def epoch(self, record: dict[str, Any]) -> None:
         """After an outer epoch: epoch, val accuracy, losses, seconds by phase."""
@@ -74,6 +74,7 @@ class ProgressLines(Callback):
 
     def epoch(self, record: dict[str, Any]) -> None:
         best = "  best so far" if record["best"] else ""
+        self.stream.write("\r\033[K" if self.terminal else "")  # a student that ended early has left a line
         self.stream.write(
             f"epoch {record['epoch']:<4} val {record['val_accuracy']:.4f}  krr val {record['krr_val_accuracy']:.4f}  "
             f"inner loss {record['inner_loss']:.4f} in {record['inner_passes']} passes  "

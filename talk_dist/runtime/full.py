@@ -18,7 +18,7 @@ from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import TextEncoder
 from talk_dist.models.gnn import Student, local_graph
 from talk_dist.models.inner import train
-from talk_dist.models.protocol import Encoder, FitResult
+from talk_dist.models.protocol import Encoder, FitResult, Progress
 from talk_dist.runtime.outer import student_accuracy
 from talk_dist.runtime.pool import ShardPool
 
@@ -59,6 +59,7 @@ def fit_full(
     *,
     label_smoothing: float = 0.0,
     seed: int,
+    progress: Progress | None = None,
 ) -> FitResult:
     """Train on every training node, choosing the pass by validation accuracy; ``label_smoothing`` is the share of each
     label that is spread over all classes.
@@ -81,7 +82,10 @@ def fit_full(
         loss.backward()
         return loss.detach()
 
-    first = train(whole_batch, student, config, seed=seed, select=lambda s: student_accuracy(pool, s, "val"))
+    def validated(current: Student) -> float:
+        return student_accuracy(pool, current, "val")
+
+    first = train(whole_batch, student, config, seed=seed, select=validated, progress=progress)
     if not isinstance(encoder, TextEncoder) or not encoder.adapted or not epochs:
         return first
     batches = -(-len(train_rows) // BATCH)
@@ -100,9 +104,12 @@ def fit_full(
     def refresh(current: Student) -> float:
         pool.encode(encoder.adapters())
         h.copy_(torch.from_numpy(pool.gather()))
-        return student_accuracy(pool, current, "val")
+        return validated(current)
 
     steps = -(-len(order) // BATCH)
     joint = dataclasses.replace(config, passes=steps, patience=steps, target_loss=0.0, select_patience=0)
     joint = dataclasses.replace(joint, adapter_select_every=batches)
-    return train(mini_batch, student, joint, encoder=encoder, seed=seed, select=refresh, selected=first.selected)
+    found = first.selected
+    return train(
+        mini_batch, student, joint, encoder=encoder, seed=seed, select=refresh, selected=found, progress=progress
+    )

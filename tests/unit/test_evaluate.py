@@ -102,6 +102,28 @@ def test_the_reference_goes_on_while_validation_rises(make_encoder, make_pool, m
         assert len(looks) == passes
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_progress_counts_passes_of_all_students(make_encoder, make_pool, adapters):
+    """It never falls back (but where adapters join, once a student), grows within each student and ends at the end."""
+    encoder, told = make_encoder(adapters=adapters), {}
+
+    def report(stage, done, total, facts):
+        told.setdefault(stage, []).append((done, total, dict(facts)))
+
+    pool, config = make_pool(encoder, 1), quick(seeds=3, full_epochs=0)
+    evaluate(pool, encoder, a_coreset(pool, encoder), CONFIG, config, report)
+    for name in ("synthetic", "full, learning rate 0.02, label smoothing 0.1", "herding"):
+        done, total, facts = zip(*told[name], strict=True)
+        assert set(total) == {3 * 20}
+        assert done[0] == 0
+        assert done[-1] == 60
+        assert done.count(60) == 1
+        falls = sum(later < earlier for earlier, later in itertools.pairwise(done))
+        assert falls == (3 if adapters and not name.startswith("full") else 0)  # nothing joins without epochs
+        assert len(done) >= 3 * 10  # told within a student, not after it alone
+        assert all(("val" in fact) == (at >= 20) for at, fact in zip(done, facts, strict=True))
+
+
 def test_smoothed_labels_of_the_reference_are_those_of_a_small_set(make_encoder, make_pool):
     """Class indices with torch's smoothing train the student that the probabilities `smoothed` train."""
     encoder = make_encoder()
@@ -110,7 +132,7 @@ def test_smoothed_labels_of_the_reference_are_those_of_a_small_set(make_encoder,
     whole = WholeGraph(pool.tag)
     trained = full_set(whole, pool, encoder, config.recipe, 0, 0.3)
     student = Student(config.student, encoder.width, len(pool.tag.classes), 0)
-    trained.train(student, 0)
+    trained.train(student, 0, lambda *_: None)
 
     twin = Student(config.student, encoder.width, len(pool.tag.classes), 0)
     graph = local_graph("gcn", whole.indptr, whole.indices, whole.degree)

@@ -185,7 +185,7 @@ def test_a_mask_hides_tokens_in_training(adapted, synthetic):
 # -- train: when it stops and what it keeps ---------------------------------------------------------------
 
 
-def scripted(losses, select=None, selected=-math.inf, **settings):
+def scripted(losses, select=None, selected=-math.inf, progress=None, **settings):
     """`train` on a student whose losses are given; its weights after the step of pass i are i (in one entry)."""
     student = Student(CALM, 4, C, seed=0)
     marker = next(student.parameters())
@@ -200,8 +200,14 @@ def scripted(losses, select=None, selected=-math.inf, **settings):
     config = InnerConfig(**{"passes": len(losses), "target_loss": 0.0, "patience": 100, **settings})
     # nothing has a gradient, so that AdamW leaves the marker alone
     ask = select and (lambda model: select(marker.view(-1)[0].item()))
-    result = train(step, student, config, seed=0, select=ask, selected=selected)
+    result = train(step, student, config, seed=0, select=ask, selected=selected, progress=progress)
     return result, next(student.parameters()).view(-1)[0].item()
+
+
+def test_progress_is_told_before_every_pass():
+    told = []
+    scripted([3.0, 2.0, 0.5, 1.0], progress=lambda *counts: told.append(counts), target_loss=0.6)
+    assert told == [(0, 4), (1, 4), (2, 4)]
 
 
 def test_without_a_choice_the_lowest_loss_wins():
