@@ -1,7 +1,9 @@
-"""A run's record of each epoch as gauges: Ray exports them, Prometheus collects, Grafana draws (infra/grafana)."""
+"""A run's progress and its record of each epoch as gauges: Ray exports them, Prometheus collects, Grafana draws
+(infra/grafana)."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from ray.util.metrics import Gauge
@@ -9,6 +11,7 @@ from ray.util.metrics import Gauge
 from talk_dist.runtime.callbacks import Callback
 
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "talk_dist_progress": ("Share of a stage that is done", ("stage",)),
     "talk_dist_epoch": ("Outer epochs finished", ()),
     "talk_dist_val_accuracy": ("Validation accuracy of the student", ()),
     "talk_dist_krr_val_accuracy": ("Validation accuracy of the kernel predictor", ()),
@@ -25,14 +28,33 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class Gauges(Callback):
-    """Sets every gauge after an epoch. Ray exports them as ``ray_NAME``."""
+    """What a run has told, as gauges that Ray exports as ``ray_NAME``, until they are closed.
 
-    def __init__(self) -> None:
+    A thread sets them again and again: Ray forgets a gauge that was not set for twice its reporting interval, and what
+    is told may be an hour old.
+    """
+
+    def __init__(self, every_seconds: float = 5.0) -> None:
         self._gauges = {name: Gauge(name, description=words, tag_keys=tags) for name, (words, tags) in GAUGES.items()}
+        self._told: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._every, self._over = every_seconds, threading.Event()
+        self._thread = threading.Thread(target=self._set, name="talk-dist-gauges", daemon=True)
+        self._thread.start()
+
+    def progress(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        self._told["talk_dist_progress", (("stage", stage),)] = done / max(1, total)
 
     def epoch(self, record: dict[str, Any]) -> None:
-        for name, tags, value in samples(record):
-            self._gauges[name].set(value, tags=tags)
+        self._told.update({(name, tuple(tags.items())): value for name, tags, value in samples(record)})
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _set(self) -> None:
+        while not self._over.wait(self._every):
+            for (name, tags), value in list(self._told.items()):
+                self._gauges[name].set(value, tags=dict(tags))
 
 
 def samples(record: dict[str, Any]) -> list[tuple[str, dict[str, str], float]]:

@@ -21,6 +21,7 @@ from cluster.encoder_group import EncoderGroup
 from cluster.failure import Event
 from cluster.placement import Allotment
 from talk_dist.config import EncoderConfig, KernelConfig
+from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag, TokenLists
 from talk_dist.errors import ShardError
 from talk_dist.models.protocol import Adapters, Progress
@@ -64,8 +65,8 @@ class RayPool:
             self._lends.lender if self._lends else dataclasses.replace(encoder, name=everywhere(encoder.name))
         )
         path = everywhere(tag.path)
-        cache = everywhere(runtime.cache_for(path))
-        self._specs = [ShardSpec(path, part, kernel, cache, runtime.scratch) for part in range(tag.num_parts)]
+        cache, scratch = storage.absolute(runtime.cache_for(path)), storage.absolute(runtime.scratch)
+        self._specs = [ShardSpec(path, part, kernel, cache, scratch) for part in range(tag.num_parts)]
         self._level = dict.fromkeys(range(tag.num_parts), 0)  # part -> phases of `_bring_up` behind it
         self._kernel = kernel
         self._version: str | None = None

@@ -8,14 +8,17 @@ import os
 import platform
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.encoder_group import EncoderGroup, bundles
@@ -31,7 +34,6 @@ from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback
 
 PACKAGES = ("torch", "transformers", "numpy", "ray")
-PROBE_SECONDS = 60
 HERE = ("", "local")  # addresses that mean a Ray of our own
 
 
@@ -58,7 +60,9 @@ class RaySession:
 
     def __init__(self, config: DistillConfig, stack: ExitStack, own: bool = False):
         self.config, self.stack, self.own = config, stack, own
-        self.callbacks: Sequence[Callback] = [Gauges()]
+        gauges = Gauges()
+        stack.callback(gauges.close)
+        self.callbacks: Sequence[Callback] = [gauges]
 
     def encoder(self) -> Encoder:
         """The language model of the driver, or the group that has it. Raises CapacityError if there is no room."""
@@ -77,15 +81,20 @@ class RaySession:
         self.stack.callback(group.close)
         return group
 
-    def pool(self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int]) -> RayPool:
-        """The shards of ``tag`` in actors. ``memory``: bytes that an actor with these parts needs, for each.
+    def pool(
+        self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int], threads: int = 0
+    ) -> RayPool:
+        """The shards of ``tag`` in actors. ``memory``: bytes that an actor with these parts needs, for each;
+        ``threads``: of each where the settings leave them open, on whatever share of the cores.
 
         Raises ConfigError or DataError if a node could not work for us, CapacityError if there is no room.
         """
         config, allotment = self.config, self.allotment(tag, memory)
+        if threads and not config.runtime.threads:
+            allotment = replace(allotment, threads=threads)
         settings = "lower cluster.actors, cluster.cpus, cluster.gpus or cluster.memory_gib"
         self.refuse_if_hopeless([*allotment.bundles, *bundles(config.deepspeed)], "the shards", settings)
-        check_nodes(tag)
+        check_nodes(tag, config.cluster.wait_seconds)
         group = encoder if isinstance(encoder, EncoderGroup) else None
         pool = RayPool(tag, config.encoder, config.kernel, config.runtime, config.cluster, allotment, group)
         self.stack.callback(pool.close)
@@ -94,11 +103,17 @@ class RaySession:
     def allotment(self, tag: PreparedTag, memory: Callable[[Sequence[int]], int], runs: int = 1) -> Allotment:
         """What the shards of ``tag`` get where ``runs`` share the cluster."""
         nodes = [{"CPU": 0.0, "GPU": 0.0} | node["Resources"] for node in ray.nodes() if node["Alive"]]
-        asked = self.config.deepspeed
+        asked, cluster = self.config.deepspeed, self.config.cluster
+        if not cluster.cpus and not self.config.runtime.threads and not any(node["CPU"] for node in nodes):
+            print(
+                "no node of the cluster has cores yet, so every actor asks for one and for no GPU: say what your nodes "
+                "have with --cluster.cpus and --cluster.gpus",
+                file=sys.stderr,
+            )
         for _ in range(asked.workers * runs):  # they have their share already
             richest = max(nodes, key=lambda node: (node["GPU"] if asked.gpus else 0, node["CPU"]))
             richest["CPU"], richest["GPU"] = richest["CPU"] - asked.cpus, richest["GPU"] - asked.gpus
-        return allot(tag.num_parts, nodes, self.config.runtime, self.config.cluster, memory, runs)
+        return allot(tag.num_parts, nodes, self.config.runtime, cluster, memory, runs)
 
     def refuse_if_hopeless(self, asked: Sequence[dict[str, float]], what: str, remedy: str) -> None:
         """Raises CapacityError at once if a Ray of our own is too small for the bundles that are ``asked`` of it."""
@@ -176,10 +191,11 @@ def _locked_out(address: str, reason: str) -> ConfigError:
     )
 
 
-def check_nodes(tag: PreparedTag) -> None:
+def check_nodes(tag: PreparedTag, wait_seconds: float) -> None:
     """Every node must have our packages, our code, and see the same prepared graph.
 
-    Raises one ConfigError or DataError that lists every node where something is different.
+    Raises one ConfigError or DataError that lists every node where something is different, or that is not ready after
+    ``wait_seconds``: a runtime environment may install packages first.
     """
     path = everywhere(tag.path)
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -191,9 +207,14 @@ def check_nodes(tag: PreparedTag) -> None:
         for node in nodes
     }
     replies: dict[str, Any] = {}
+    end = time.monotonic() + wait_seconds
     for name, ref in refs.items():
         try:
-            replies[name] = ray.get(ref, timeout=PROBE_SECONDS)
+            replies[name] = ray.get(ref, timeout=max(0.0, end - time.monotonic()))
+        except GetTimeoutError:
+            ray.cancel(ref)
+            late = f"it is not ready after {wait_seconds:.0f} s; if it installs packages, raise cluster.wait_seconds"
+            replies[name] = {"error": late}
         except RayError as error:
             replies[name] = {"error": _first_line(error)}
     problems = compare(replies, _prober()(path, PACKAGES), storage.read_bytes(storage.join(path, "META.json")), path)

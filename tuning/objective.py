@@ -100,11 +100,12 @@ def run_trial(spec: TrialSpec, report: Report) -> dict[str, Any]:
         preflight.check_encoder(encoder, config.synthetic.tokens, tag, problems)
         problems.done()
         plan = preflight.planned(tag, config, None)
-        pool = where.pool(tag, encoder, lambda parts: plan.actor(parts, config.deepspeed.encode_texts).host)
+        path, lends = storage.join(spec.folder, "checkpoint.safetensors"), config.deepspeed.encode_texts
+        threads = Checkpoint(path, {}).threads
+        pool = where.pool(tag, encoder, lambda parts: plan.actor(parts, lends).host, threads)
         if spec.ladder and "kernel.ridge" not in spec.point:
             ridge = choose_ridge(pool, encoder, config, spec.ladder)
             config = dataclasses.replace(config, kernel=dataclasses.replace(config.kernel, ridge=ridge))
-        path = storage.join(spec.folder, "checkpoint.safetensors")
         checkpoint = Checkpoint(path, identity(tag, encoder, config))
         saved = checkpoint.load()  # what was reported before a cut does not come again
         reporter = Reporter(report, max(saved.best_accuracy, 0.0) if isinstance(saved, DistillState) else 0.0)

@@ -21,6 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from talk_dist.config import DistillConfig
+from talk_dist.data.storage import without_secrets
 from talk_dist.errors import ConfigError
 from talk_dist.runtime.checkpoint import differences
 from tuning.space import Nearby, Parameter, Value, suggest
@@ -209,6 +210,7 @@ def open_study(
 
     Raises ConfigError if it is a study of something else, or the storage cannot be written.
     """
+    shown = without_secrets(storage)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     strategy = strategy or Strategy()
     told = json.loads(json.dumps({**identity, **asdict(strategy)}))
@@ -223,14 +225,14 @@ def open_study(
             if saved is None:
                 study.set_user_attr(IDENTITY, told)
         except (OSError, ImportError) as error:
-            raise ConfigError(f"--storage {storage}: cannot be opened ({error})") from error
+            raise ConfigError(f"--storage {shown}: cannot be opened ({error})") from error
         except Exception as error:  # each data base has its own
             if type(error).__module__.split(".")[0] not in ("sqlalchemy", "optuna"):
                 raise
-            raise ConfigError(f"--storage {storage}: cannot be opened ({str(error).splitlines()[0]})") from error
+            raise ConfigError(f"--storage {shown}: cannot be opened ({str(error).splitlines()[0]})") from error
     if saved is not None and saved != told:
         changed = "; ".join(differences(saved, told))
-        raise ConfigError(f"study {name!r} in {storage} belongs to another sweep ({changed}); choose another --name")
+        raise ConfigError(f"study {name!r} in {shown} belongs to another sweep ({changed}); choose another --name")
     return Study(study, space, base, strategy)
 
 

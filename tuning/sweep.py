@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +31,12 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from cluster.encoder_group import bundles as worker_bundles
-from cluster.placement import equal_share, hide_others_gpus, reserve
+from cluster.placement import TOLD_EVERY, equal_share, hide_others_gpus, reserve, shortage
 from cluster.session import RaySession, check_nodes
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
-from talk_dist.errors import TalkDistError
+from talk_dist.errors import CapacityError, TalkDistError
 from talk_dist.models.device import give_back_memory
 from talk_dist.runtime.estimate import Plan
 from tuning.findings import FACTS
@@ -58,6 +60,7 @@ class SweepSpec:
     ladder: tuple[float, ...]
     students: int
     confirm: int
+    guard: Callable[[], None] = lambda: None  # raises where this sweep must not go on
 
     def of(self, number: int, point: Mapping[str, Value]) -> TrialSpec:
         folder = storage.join(self.out, "trials", f"{number:05d}")
@@ -76,7 +79,7 @@ def reserved(
     others: list[dict[str, float]] = []
     if base.runtime.kind == "local":
         if not session.own:
-            check_nodes(tag)  # a pool of actors does that itself
+            check_nodes(tag, base.cluster.wait_seconds)  # a pool of actors does that itself
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         own |= {"CPU": cpus or float(equal_share(nodes, trials, gpus)), "memory": float(plan.whole().host)}
     else:
@@ -89,8 +92,7 @@ def reserved(
             gpus=allotment.gpus,
             memory_gib=allotment.memory / 2**30,
         )
-        runtime = dataclasses.replace(base.runtime, threads=allotment.threads)
-        base = dataclasses.replace(base, cluster=cluster, runtime=runtime)
+        base = dataclasses.replace(base, cluster=cluster)  # threads are left open: a trial goes on with those it had
         others = [*allotment.bundles, *worker_bundles(base.deepspeed)]
     bundles = [{name: amount for name, amount in own.items() if amount}, *others]
     asked = [bundle for bundle in bundles if bundle]
@@ -130,6 +132,7 @@ def _run(study: Study, spec: SweepSpec) -> None:
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                callbacks=[_Watch([bundle for bundle in spec.bundles if bundle], spec.base.cluster.wait_seconds)],
             ),
         )
         tuner.fit()
@@ -162,6 +165,7 @@ class _Searcher(Searcher):
         self.ended, self.started = 0, time.monotonic()
 
     def suggest(self, trial_id: str) -> Any:
+        self.spec.guard()
         asked = self.study.ask(self.spec.trials)
         if asked is None:
             return Searcher.FINISHED
@@ -177,6 +181,7 @@ class _Searcher(Searcher):
         return stop
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self.spec.guard()
         number, result, last = self.number.pop(trial_id), result or {}, self.stopped.pop(trial_id, None)
         if last is not None:
             facts = {name: last[name] for name in ("krr_accuracy", "cpu_seconds")}
@@ -214,6 +219,32 @@ class _Searcher(Searcher):
     def __reduce__(self) -> Any:
         """Tune writes down what it was given, for a restore that is never asked for."""
         return Searcher, ()
+
+
+class _Watch(tune.Callback):
+    """While trials wait and none runs (a node is gone): says what is missing, and raises CapacityError in the end, as
+    a run does that has lost its actors. Tune itself would wait for ever."""
+
+    QUIET = 30.0  # seconds that a trial's process may take to start
+
+    def __init__(self, bundles: Sequence[dict[str, float]], wait_seconds: float):
+        self.bundles, self.wait_seconds = bundles, wait_seconds
+        self.since, self.told = math.inf, -math.inf
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        states, now = {trial.status for trial in trials}, time.monotonic()
+        if "PENDING" not in states or "RUNNING" in states:
+            self.since = math.inf
+            return
+        self.since = min(self.since, now)
+        waited = now - self.since
+        if waited >= self.wait_seconds:
+            message = f"{shortage(self.bundles, 'a trial')}; waited {self.wait_seconds:.0f} s"
+            raise CapacityError(f"{message}. What is finished is kept: --resume goes on with it")
+        if waited >= self.QUIET and now - self.told >= TOLD_EVERY:
+            self.told = now
+            left = self.wait_seconds - waited
+            print(f"{shortage(self.bundles, 'a trial')}; waiting {left:.0f} s more", file=sys.stderr)
 
 
 class _Scheduler(FIFOScheduler):

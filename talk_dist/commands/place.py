@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from talk_dist.config import DistillConfig
@@ -23,8 +24,11 @@ class Place(Protocol):
         """Who else wants to hear of the run."""
 
     def encoder(self) -> Encoder: ...
-    def pool(self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int]) -> ShardPool:
-        """``memory``: bytes that a process with these parts needs."""
+    def pool(
+        self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int], threads: int = 0
+    ) -> ShardPool:
+        """``memory``: bytes that a process with these parts needs; ``threads``: of every process, where the settings
+        leave them open (a run that goes on has as many as before; 0: as the machine has)."""
 
 
 class Here:
@@ -38,8 +42,11 @@ class Here:
     def encoder(self) -> Encoder:
         return load_encoder(self.config.encoder)
 
-    def pool(self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int]) -> ShardPool:
-        return LocalPool(tag, encoder, self.config.kernel, self.config.runtime)
+    def pool(
+        self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int], threads: int = 0
+    ) -> ShardPool:
+        runtime = self.config.runtime
+        return LocalPool(tag, encoder, self.config.kernel, replace(runtime, threads=runtime.threads or threads))
 
 
 def refuse_workers_here(config: DistillConfig) -> None:

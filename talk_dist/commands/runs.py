@@ -63,8 +63,9 @@ class Distill:
             where.encoder,
             lambda encoder: self._open(folder, encoder, config, lines),
         )
-        pool = where.pool(tag, encoder, lambda parts: plan.actor(parts, config.deepspeed.encode_texts).host)
         path, resume = folder.path("checkpoint.safetensors"), self.resume == "auto"
+        lends, threads = config.deepspeed.encode_texts, Checkpoint(path, {}, resume).threads
+        pool = where.pool(tag, encoder, lambda parts: plan.actor(parts, lends).host, threads)
         checkpoint = Checkpoint(path, identity(tag, encoder, config), resume, folder.guard)
         checkpoint.load()  # refuses the state of another run, before this one takes the folder from anybody
         folder.claim()

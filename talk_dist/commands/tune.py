@@ -91,6 +91,8 @@ class Tune:
             words += ["--out", self.out]
             options, saved, _ = read(COMMAND, words)
             return options.run(Call(["tune", *words], call.stop), saved)
+        if storage.HIDDEN in self.storage:
+            raise ConfigError(f"--storage {self.storage}: its password was not written down; give --storage again")
         if not self.data:
             raise ConfigError("--data: give the folder of a prepared graph; `talk-dist prepare` makes one")
         if "://" in self.out and not self.storage:
@@ -113,29 +115,39 @@ class Tune:
                 raise
             raise ConfigError(f'tune: {error.name} is not installed; pip install "talk-dist[tune]"') from error
         tag = PreparedTag(everywhere(self.data))
-        tree = {} if not self.ladder else {"kernel.ridge": None}
         own = self._tree()
+        ladder = () if "kernel.ridge" in own else self.ladder  # what the space says of it counts
+        tree = {"kernel.ridge": None} if ladder else {}
         space, fixed = read_space(tree | own, config)
         base = configured(config, fixed)
-        base = replace(base, encoder=replace(base.encoder, name=everywhere(base.encoder.name)))
+        runtime = base.runtime
+        runtime = replace(
+            runtime, cache_folder=storage.absolute(runtime.cache_folder), scratch=storage.absolute(runtime.scratch)
+        )  # a trial stands in a folder of its own
+        base = replace(base, encoder=replace(base.encoder, name=everywhere(base.encoder.name)), runtime=runtime)
         refuse_workers_here(base)
         ends = [configured(base, {parameter.key: value}) for parameter in space for value in parameter.ends]
         self._check(tag, [base, *ends])
         identity = base.deciding() | {
             "data hash": tag.meta["hash"],
             "space": {parameter.key: parameter.words for parameter in space},
-            "ladder": self.ladder,
+            "ladder": ladder,
             "students": self.students,
         }
         strategy = Strategy(self.sampler, base.seed, self.objectives, self.halving)
         journal = self.storage or folder.path("study.journal")
         study = open_study(journal, self.name, identity, space, base, strategy)
-        storage.write_atomic(folder.path(WORDS), storage.to_json(call.arguments[1:]))
+        folder.claim()
+        words = [self._told(word) for word in call.arguments[1:]]
+        storage.write_atomic(folder.path(WORDS), storage.to_json(words))
         if own:
             storage.write_atomic(folder.path(SPACE), yaml.safe_dump(own, sort_keys=False).encode())
         again = shlex.join(["talk-dist", "tune", "--out", self.out, "--resume", self.name])
         call.stop.advice = lambda: f"{len(study.ended)} trials are done; go on with:\n  {again}"
-        presets = [{"kernel.ridge": start.kernel.ridge, **point_of(space, start, base)} for start in (base, preset())]
+        presets = [
+            {"kernel.ridge": (start if ladder else base).kernel.ridge, **point_of(space, start, base)}
+            for start in (base, preset())
+        ]
         presets = presets[:1] if presets[0] == presets[1] else presets
         study.enqueue(presets)
         with open_session(base) as session:
@@ -144,9 +156,11 @@ class Tune:
             if not base.encoder.adapters and base.runtime.cache:
                 _warm(tag, placed, plan)
             out = everywhere(folder.out)
-            same = {name: getattr(self, name) for name in ("trials", "concurrent", "ladder", "students", "confirm")}
-            run_sweep(study, SweepSpec(tag.path, out, placed, bundles=bundles, **same))
-        found = report.write(study, base, folder.out, call.command)
+            same = {name: getattr(self, name) for name in ("trials", "concurrent", "students", "confirm")}
+            spec = SweepSpec(tag.path, out, placed, bundles=bundles, ladder=ladder, guard=folder.guard, **same)
+            run_sweep(study, spec)
+        folder.guard()
+        found = report.write(study, base, folder.out, self._told(call.command))
         if found.best is None:
             reasons = {str(trial.user_attrs.get("reason")) for trial in study.ended}
             raise ConfigError(f"all {len(study.ended)} trials failed: {'; '.join(sorted(reasons))}")
@@ -155,6 +169,10 @@ class Tune:
         words = ["--data", self.data, "--config", best, "--out", folder.path("best"), "--evaluate", "true"]
         print(f"settings    {best}: {shlex.join(['talk-dist', 'distill', *words])}")
         print(f"report      {folder.path('report.html')}")
+
+    def _told(self, words: str) -> str:
+        """``words`` as they may be written down: without the password of ``storage``."""
+        return words.replace(self.storage, storage.without_secrets(self.storage)) if self.storage else words
 
     def _check(self, tag: PreparedTag, configs: Sequence[DistillConfig]) -> None:
         """Raises one error that lists every value of the space with which the graph cannot be distilled."""

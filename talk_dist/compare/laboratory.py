@@ -70,6 +70,9 @@ class Laboratory:
         paths = {cell.name: self._picture(cell) for cell in self.drawn}
         return {name: storage.read_bytes(path) for name, path in paths.items() if storage.exists(path)}
 
+    def _work(self, cell: Cell) -> str:
+        return self.folder.path("work", f"{cell.name}.safetensors")
+
     def _picture(self, cell: Cell) -> str:
         return self.folder.path("pictures", f"{cell.name}.png")
 
@@ -81,7 +84,7 @@ class Laboratory:
         if all(known.values()):
             yield from (row for row in known.values() if row)
             return
-        with self._opened(tag, config) as (pool, encoder):
+        with self._opened(tag, config, self._work(cell)) as (pool, encoder):
             made = self._made(cell, tag, pool, encoder, config)
             encoder.reset_adapters(0)
             self._encode(pool, encoder)
@@ -102,7 +105,7 @@ class Laboratory:
             return made
         encoder.reset_adapters(config.seed)
         self._encode(pool, encoder)
-        checkpoint = Checkpoint(self.folder.path("work", f"{cell.name}.safetensors"), identity(tag, encoder, config))
+        checkpoint = Checkpoint(self._work(cell), identity(tag, encoder, config))
         made = cell.make(tag, pool, encoder, self.tell, checkpoint)
         facts = made.metrics["made"] | {"identity": self._identity(cell, tag)}
         made = dataclasses.replace(made, metrics=made.metrics | {"made": facts})
@@ -164,7 +167,8 @@ class Laboratory:
     # -- small things -------------------------------------------------------------------------------------
 
     @contextmanager
-    def _opened(self, tag: PreparedTag, config: DistillConfig) -> Iterator[tuple[ShardPool, Encoder]]:
+    def _opened(self, tag: PreparedTag, config: DistillConfig, work: str = "") -> Iterator[tuple[ShardPool, Encoder]]:
+        """What a cell needs; ``work``: where a set that is being made stands."""
         problems = preflight.Problems()
         preflight.check_tag(tag, config, ("val", "test"), problems)
         problems.done()
@@ -172,7 +176,8 @@ class Laboratory:
         shared = runtime.cache_folder or self.folder.out
         with place(dataclasses.replace(config, runtime=dataclasses.replace(runtime, cache_folder=shared))) as where:
             encoder, plan = where.encoder(), preflight.check_memory(tag, config, EvaluateConfig())
-            yield where.pool(tag, encoder, lambda parts: plan.actor(parts).host), encoder
+            threads = Checkpoint(work, {}).threads if work else 0
+            yield where.pool(tag, encoder, lambda parts: plan.actor(parts).host, threads), encoder
 
     def _prepared(self, data: str, spec: dict[str, Any], seed: int, encoder: str) -> PreparedTag:
         if spec["prepared"]:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from pyarrow import fs as pafs
 
 from talk_dist.errors import DataError
 
+HIDDEN = "***"
+
 
 def resolve(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     """The file system of ``uri`` and the path inside it. Raises DataError for a scheme that pyarrow lacks."""
@@ -32,6 +35,17 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
         return pafs.FileSystem.from_uri(text)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise DataError(text, f"cannot open this file system ({error}); use a path, file://, s3:// or gs://") from error
+
+
+def absolute(path: str) -> str:
+    """A local path wherever a process stands, whether anything is there or not; nothing and URIs as they are."""
+    return path if "://" in path or not path else os.path.abspath(os.path.expanduser(path))
+
+
+def without_secrets(url: str) -> str:
+    """``url`` as it may be shown: `HIDDEN` for a password, and for a parameter that sounds like one."""
+    url = re.sub(r"(://[^/?#@:]*:)[^/?#]*(@)", rf"\g<1>{HIDDEN}\2", url)
+    return re.sub(r"(?i)([?&][^=&#]*(?:pass|pwd|secret|token|key)[^=&#]*=)[^&#]*", rf"\g<1>{HIDDEN}", url)
 
 
 def join(uri: str | os.PathLike[str], *names: str) -> str:

@@ -118,7 +118,24 @@ class Checkpoint:
             self.guard()
         storage.write_atomic(self.path, save_safetensors(data, metadata))
 
+    @property
+    def threads(self) -> int:
+        """Of the run that left what is saved; 0 if nothing is. They decide the last bits, so that a run goes on with
+        as many, wherever it does. Raises DataError if it cannot be read."""
+        _, header = self._parsed()
+        return int(json.loads(header["identity"]).get("threads", 0)) if header else 0
+
     def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors, header = self._parsed()
+        changed = differences(json.loads(header["identity"]), self.identity) if header else []
+        if changed:
+            raise ConfigError(
+                f"{self.path} belongs to another run ({'; '.join(changed)}); "
+                "pass --resume never to start over, or choose another --out"
+            )
+        return tensors, header
+
+    def _parsed(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not self.resume or not storage.exists(self.path):
             return {}, {}
         data = storage.read_bytes(self.path)
@@ -127,12 +144,6 @@ class Checkpoint:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         except (SafetensorError, ValueError, KeyError) as error:
             raise DataError(self.path, f"cannot be read ({error}); delete it or pass --resume never") from error
-        changed = differences(json.loads(header["identity"]), self.identity)
-        if changed:
-            raise ConfigError(
-                f"{self.path} belongs to another run ({'; '.join(changed)}); "
-                "pass --resume never to start over, or choose another --out"
-            )
         return tensors, header
 
 

@@ -151,6 +151,7 @@ def test_images_build_from_what_is_here(dockerfile: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for names in re.findall(r'"\.\[([\w,]+)\]"', script):
         assert set(names.split(",")) <= set(extras)
+        assert {"tune", "deepspeed"} <= set(names.split(","))  # what `cluster.submit` can ask of it (tune has ray)
     for path in re.findall(r"pip install -c (\S+)", script):
         assert (ROOT / path).exists()
     for package in ("talk_dist", "cluster"):

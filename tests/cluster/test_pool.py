@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -132,10 +133,41 @@ def test_a_record_says_where_the_time_and_the_memory_went(adapted, pool):
     assert vitals["host_bytes"].keys() == {"driver", "shard-0", "shard-1", "shard-2", "shard-3"}
     assert min(vitals["host_bytes"].values()) > 100 << 20
     gauges = {(name, *tags.values()) for name, tags, _ in samples(record)}
-    assert {name for name, *_ in gauges} == GAUGES.keys()
+    assert {name for name, *_ in gauges} == GAUGES.keys() - {"talk_dist_progress"}
     phases = {"inner", "encode", "exchange", "propagate", "validate", "kernel", "solve", "inject"}
     assert phases <= {phase for name, *phase in gauges if name == "talk_dist_step_seconds" for phase in phase}
-    Gauges().epoch(record)  # Ray takes them
+
+    told = Gauges(every_seconds=0.05)
+    told.epoch(record)
+    told.progress("encode", 3, 4, {})
+    time.sleep(0.3)
+    assert told._thread.is_alive()  # Ray takes them
+    told.close()
+
+
+def test_gauges_are_set_again_until_the_run_ends(monkeypatch):
+    """Ray forgets a gauge that was not set for twenty seconds; the last words of a run may be older."""
+    seen = []
+
+    class Recorder:
+        def __init__(self, name, description, tag_keys):
+            self.name = name
+
+        def set(self, value, tags):
+            seen.append((self.name, value, *tags.values()))
+
+    monkeypatch.setattr("cluster.metrics.Gauge", Recorder)
+    gauges = Gauges(every_seconds=0.01)
+    for done in (1, 3):
+        gauges.progress("tokens", done, 4, {})
+    end = time.monotonic() + 20
+    while seen.count(("talk_dist_progress", 0.75, "tokens")) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    gauges.close()
+    assert seen.count(("talk_dist_progress", 0.75, "tokens")) >= 3
+    before = len(seen)
+    time.sleep(0.05)
+    assert len(seen) == before
 
 
 def test_texts_are_encoded_once(adapted, pool):

@@ -195,11 +195,11 @@ def test_what_is_different_on_a_node(theirs, problems):
 
 
 def test_nodes_that_see_what_we_see(one_ray, tags, monkeypatch):
-    check_nodes(tags[2])
-    check_nodes(PreparedTag(f"file://{tags[2].path}"))
+    check_nodes(tags[2], 60)
+    check_nodes(PreparedTag(f"file://{tags[2].path}"), 60)
     monkeypatch.setattr(storage, "read_bytes", lambda uri: b"{}")
     with pytest.raises(DataError, match=r"the cluster: node .* has another prepared graph at "):
-        check_nodes(tags[2])
+        check_nodes(tags[2], 60)
 
 
 def test_an_encoder_folder_that_workers_cannot_see(one_ray, tags, encoder_folder, told, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pyarrow.parquet as pq
@@ -21,6 +22,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from talk_dist.cli import main
+from talk_dist.commands.folder import RunFolder
+from talk_dist.errors import CapacityError, ConfigError
 from tuning import sweep
 from tuning.findings import CLOCK
 
@@ -128,6 +131,88 @@ def test_trials_with_actors_say_the_same(data, words, whole, told, tmp_path):
     on_ray = ["--runtime.kind", "ray", "--cluster.actors", "1", "--cluster.cpus", "1"]
     told(*words(data, tmp_path, *on_ray, trials=2, name="s"))
     assert trials(tmp_path / "s") == whole[:2]
+
+
+@pytest.fixture
+def asked(one_ray, data, words, told, tmp_path, monkeypatch):
+    """asked(space, *more, **options) -> what the trials of a sweep would be run with, and their study."""
+
+    def ask(space, *more, **options):
+        caught = []
+        monkeypatch.setattr(sweep, "run_sweep", lambda *given: caught.append(given))
+        line = words(data, tmp_path, *more, **({"trials": 2, "name": "s"} | options))
+        small = Path(line[line.index("--space") + 1]).read_text()
+        (tmp_path / "space.yaml").write_text(small + space)
+        told(*line, "--space", tmp_path / "space.yaml", code=2)  # nothing has run, so there is no best
+        ((study, spec),) = caught
+        return study, spec
+
+    return ask
+
+
+@pytest.mark.parametrize(("said", "ridge"), [("0.05", 0.05), ("null", 0.1)])
+def test_a_ridge_that_the_space_fixes_is_every_trial_s(asked, said, ridge):
+    """No trial chooses it from the ladder, and the preset, which comes second, brings no other."""
+    study, spec = asked(f"kernel.ridge: {said}\n")
+    points = [study.ask(3)[1] for _ in range(3)]
+    assert not spec.ladder
+    assert [spec.of(0, point).config.kernel.ridge for point in points] == [ridge] * 3
+    _, spec = asked("", name="ladder")
+    assert spec.ladder
+
+
+def test_relative_folders_mean_the_same_to_a_trial(asked, tmp_path, monkeypatch):
+    """Which stands in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    _, spec = asked("", "--runtime.cache_folder", "kept", "--runtime.scratch", "spare")
+    assert spec.base.runtime.cache_folder == str(tmp_path / "kept")
+    assert spec.base.runtime.scratch == str(tmp_path / "spare")
+    assert list(tmp_path.glob("kept/encodings/*.npy"))
+
+
+def test_of_two_sweeps_with_one_folder_the_earlier_stops(asked, tmp_path):
+    """Where there are no locks."""
+    out = f"file://{tmp_path}/out"
+    study, spec = asked("", "--out", out, "--storage", f"sqlite:///{tmp_path}/study.db")
+    searcher = sweep._Searcher(study, spec)
+    assert searcher.suggest("a")["spec"]["folder"] == f"{out}/s/trials/00000"
+    RunFolder(f"{out}/s").claim()
+    for act in (lambda: searcher.suggest("b"), lambda: searcher.on_trial_complete("a", {"failed": "no"})):
+        with pytest.raises(ConfigError, match="has taken over"):
+            act()
+    assert not study.ended
+
+
+def test_a_password_is_not_written_down(asked, told, tmp_path):
+    asked("", "--storage", f"sqlite:///{tmp_path}/study.db?password=hunter2")
+    assert "hunter2" not in (tmp_path / "s" / "command.json").read_text()
+    _, err = told("tune", "--out", tmp_path, "--resume", "s", code=2)
+    assert f"--storage sqlite:///{tmp_path}/study.db?password=***: its password was not written down; give" in err
+    _, err = told("tune", "--out", tmp_path, "--resume", "s", "--storage", "no://me:hunter2@host/db", code=2)
+    assert "no://me:***@host/db: cannot be opened" in err
+    assert "hunter2" not in err
+
+
+def test_a_sweep_that_lost_its_room_says_so_and_ends(one_ray, monkeypatch, capsys):
+    """And does not while a trial runs, or while the next one's process starts."""
+    clock = [100.0]
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
+    watch = sweep._Watch([{"CPU": 1000.0}], wait_seconds=60)
+
+    def step(seconds, *states):
+        clock[0] += seconds
+        watch.on_step_end(0, [SimpleNamespace(status=state) for state in states])
+
+    for states in (["PENDING"], ["RUNNING", "PENDING"], ["RUNNING"], ["PENDING", "TERMINATED"], ["TERMINATED"]):
+        step(100, *states)
+        step(29, *states)
+    assert not capsys.readouterr().err
+    step(0, "PENDING")
+    for _ in range(20):
+        step(2, "PENDING")
+    assert capsys.readouterr().err.count("no room for a trial: 1 × (1000 CPU)") == 2  # after 30 s and 40 s
+    with pytest.raises(CapacityError, match=r"waited 60 s\. .*--resume goes on"):
+        step(20, "PENDING")
 
 
 def test_a_trial_that_fails_keeps_its_reason_and_the_sweep_goes_on(one_ray, data, words, told, tmp_path):

@@ -160,6 +160,33 @@ def test_a_start_that_is_stopped_says_what_is_kept_and_goes_on(command, told, tm
     _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_run_goes_on_with_its_threads_wherever_it_does(command, told, tmp_path, monkeypatch):
+    """Where the settings leave them open: on another machine, or on fewer nodes, there are others."""
+    first = ProgressLines.progress
+
+    def stop(lines, stage, done, total, metrics):
+        first(lines, stage, done, total, metrics)
+        if stage == "tokens":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    line = [*command("frozen", tmp_path / "run"), "--runtime.threads", "0"]
+    try:
+        torch.set_num_threads(2)
+        with monkeypatch.context() as patched:
+            patched.setattr(ProgressLines, "progress", stop)
+            told(*line, code=130)
+        torch.set_num_threads(1)
+        told(*line)
+        assert torch.get_num_threads() == 2
+        told(*line, "--resume", "never")  # what is replaced says nothing
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        told(*line, "--resume", "never")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [

@@ -195,3 +195,25 @@ def test_uri_and_path_are_the_same_place(tmp_path: Path) -> None:
     assert storage.read_bytes(tmp_path / "a.txt") == b"here"
     assert storage.exists(storage.join(f"file://{tmp_path}/", "a.txt"))
     assert not storage.exists(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:p@ss:w/rd@host:5432/db", None),
+        ("postgresql://me:secret@host:5432/db?sslmode=require", "postgresql://me:***@host:5432/db?sslmode=require"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
+        ("sqlite:////tmp/study.db", "sqlite:////tmp/study.db"),
+        ("sqlite:///x?a=1&db_Password=pq&b=2", "sqlite:///x?a=1&db_Password=***&b=2"),
+        ("mysql://host/db?token=abc", "mysql://host/db?token=***"),
+    ],
+)
+def test_secrets_of_a_url_are_not_shown(url, shown):
+    found = storage.without_secrets(url)
+    assert found == shown if shown else "p@ss" not in found
+
+
+def test_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("kept") == str(tmp_path / "kept")
+    assert [storage.absolute(path) for path in ("", "/data/x", "s3://a/b")] == ["", "/data/x", "s3://a/b"]
