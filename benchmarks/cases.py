@@ -36,7 +36,7 @@ class Case:
         real = RealSide(self.pool, self.config)
         real.encode(self.encoder, lambda *_: None)
         real.teach(lambda *_: None)
-        self.counts = class_counts(self.tag, self.config.synthetic.size)
+        self.counts = class_counts(self.tag, self.config)
         self.sample = sample_for(self.pool, self.counts, seed)
         blocks = self.config.kernel.blocks(int(self.counts.sum()))
         start = torch.from_numpy(class_centres(self.sample, self.counts, seed, blocks))

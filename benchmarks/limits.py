@@ -75,7 +75,7 @@ def stages(path: str, cache: str) -> list[Stage]:
     config = dataclasses.replace(config, outer=dataclasses.replace(config.outer, rows=0, targets="labels"))
     pool = LocalPool(tag, encoder, config.kernel, runtime)
     pool.encode(encoder.adapters())
-    labels = one_hot_labels(class_counts(tag, config.synthetic.size))
+    labels = one_hot_labels(class_counts(tag, config))
     rng, shape = torch.Generator().manual_seed(0), ModelShape.of(encoder.model.config)
     m, d, t, classes, hidden = len(labels), encoder.width, config.synthetic.tokens, labels.shape[1], 256
     h_s, objective = torch.randn(m, d, generator=rng), Objective(pool, config)

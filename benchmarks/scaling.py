@@ -93,7 +93,7 @@ def measured(nodes: int, scratch: Path, threads: int) -> dict[str, Any]:
         pool = LocalPool(PreparedTag(tag.path), encoder, config.kernel, config.runtime)
     with watch.phase("propagate"):
         pool.encode(encoder.adapters())
-    counts = class_counts(tag, config.synthetic.size)
+    counts = class_counts(tag, config)
     y_s, objective = one_hot_labels(counts), Objective(pool, config)
     with watch.phase("start"):
         blocks = config.kernel.blocks(len(y_s))

@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tag, config = PreparedTag(arguments.data), preset()
     encoder, runtime = TextEncoder(config.encoder), RuntimeConfig(threads=1, cache_folder=arguments.cache)
-    labels = one_hot_labels(class_counts(tag, config.synthetic.size))
+    labels = one_hot_labels(class_counts(tag, config))
     train, m, width = tag.meta["split_sizes"]["train"], len(labels), encoder.width
     h_s, dual = torch.randn(m, width).numpy(), torch.randn(labels.shape).double().numpy()
     pools, norms = {}, {}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from talk_dist.errors import ConfigError
 from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
-from talk_dist.schema import build, check, check_types
+from talk_dist.schema import at_least, build, check, check_types, positive
 from talk_dist.training import InnerConfig, StudentConfig
 
 BITS = {"int1": 1, "int2": 2, "int4": 4}  # number formats onto whose grid a result is settled
@@ -53,10 +53,9 @@ class EncoderConfig:
         check_types("encoder", self)
         check(
             "encoder",
-            rank=(self.rank >= 1, self.rank, "at least 1"),
             dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
-            adapted_layers=(self.adapted_layers >= 0, self.adapted_layers, "not negative"),
-            batch_tokens=(self.batch_tokens >= 1, self.batch_tokens, "at least 1"),
+            **at_least(1, self, "rank", "batch_tokens"),
+            **at_least(0, self, "adapted_layers"),
         )
 
 
@@ -93,15 +92,14 @@ class KernelConfig:
         check_types("kernel", self)
         check(
             "kernel",
-            hops=(self.hops >= 1, self.hops, "at least 1"),
-            layers=(self.layers >= 1, self.layers, "at least 1"),
-            ridge=(self.ridge >= 0, self.ridge, "not negative"),
             block=(self.block == 0 or self.block >= 16, self.block, "0 or at least 16"),
-            chunk_mib=(self.chunk_mib >= 1, self.chunk_mib, "at least 1"),
+            **at_least(1, self, "hops", "layers", "chunk_mib"),
+            **at_least(0, self, "ridge"),
         )
 
     def blocks(self, num_synthetic: int) -> int:
-        """B: node i of M is in block i mod B; as nodes come class by class, every block has its share of each."""
+        """B: node i of M is in block i mod B; as nodes come class by class, every block has its share of each class,
+        and every class at least B nodes (`coresets.allocate`), so that no block lacks one."""
         return max(1, -(-num_synthetic // self.block)) if self.block else 1
 
     @property
@@ -147,10 +145,9 @@ class SyntheticConfig:
         check(
             "synthetic",
             size=(self.size > 0 and whole, self.size, "a fraction in (0, 1) or a whole number of nodes"),
-            tokens=(self.tokens >= 1, self.tokens, "at least 1"),
             label_smoothing=(0 <= self.label_smoothing < 1, self.label_smoothing, "in [0, 1)"),
-            settle_passes=(self.settle_passes >= 1, self.settle_passes, "at least 1"),
-            gain=(self.gain > 0, self.gain, "positive"),
+            **at_least(1, self, "tokens", "settle_passes"),
+            **positive(self, "gain"),
         )
 
 
@@ -183,14 +180,9 @@ class TwoStageConfig:
         check_types("two_stage", self)
         check(
             "two_stage",
-            feature_steps=(self.feature_steps >= 0, self.feature_steps, "not negative"),
-            token_steps=(self.token_steps >= 0, self.token_steps, "not negative"),
-            discrete_steps=(self.discrete_steps >= 0, self.discrete_steps, "not negative"),
-            token_error=(self.token_error >= 0, self.token_error, "not negative"),
-            student_steps=(self.student_steps >= 0, self.student_steps, "not negative"),
-            student_passes=(self.student_passes >= 1, self.student_passes, "at least 1"),
-            judges=(self.judges >= 1, self.judges, "at least 1"),
-            validate_every=(self.validate_every >= 1, self.validate_every, "at least 1"),
+            **at_least(0, self, "feature_steps", "token_steps", "discrete_steps", "token_error", "student_steps"),
+            **at_least(1, self, "student_passes", "judges", "validate_every"),
+            **positive(self, "feature_lr"),
         )
 
 
@@ -230,11 +222,10 @@ class OuterConfig:
         check(
             "outer",
             epochs=(self.epochs is None or self.epochs >= 0, self.epochs, "not negative"),
-            steps=(self.steps >= 1, self.steps, "at least 1"),
             rows=(self.rows == 0 or self.rows >= 16, self.rows, "0 or at least 16"),
-            lr=(self.lr > 0, self.lr, "positive"),
-            patience=(self.patience >= 1, self.patience, "at least 1"),
-            inject_batch=(self.inject_batch >= 1, self.inject_batch, "at least 1"),
+            **at_least(1, self, "steps", "patience", "inject_batch"),
+            **at_least(0, self, "weight_decay"),
+            **positive(self, "lr", "label_lr", "temperature_lr"),
         )
 
 

@@ -109,13 +109,15 @@ def evaluate(
 ) -> list[Row]:
     """One row for ``tag`` ("synthetic"), then one for each of ``config.against``.
 
-    Raises DataError if ``tag`` has other classes than the pool's graph.
+    Raises DataError if ``tag`` has other classes than the pool's graph, or that has no validation or test nodes.
     """
+    for split in ("val", "test"):
+        pool.tag.check_split(split)
     if tag.classes != pool.tag.classes:
         raise DataError("the synthetic set", f"has the classes {tag.classes}, the graph has {pool.tag.classes}")
     encoder.reset_adapters(0)
     pool.encode(encoder.adapters(), lambda done, total: progress("encode", done, total, {}))
-    counts = allocate(len(tag), pool.tag.train_class_counts)
+    counts = allocate(len(tag), pool.tag.train_class_counts, distilled_with.kernel.blocks(len(tag)))
 
     def row(name: str) -> Row:
         if name == "full":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -71,6 +72,17 @@ def check(section: str, **rules: tuple[bool, Any, str]) -> None:
     broken = [f"{prefix}{name} = {value!r}: {need}" for name, (holds, value, need) in rules.items() if not holds]
     if broken:
         raise ConfigError("; ".join(broken))
+
+
+def at_least(least: int, config: Any, *names: str) -> dict[str, tuple[bool, Any, str]]:
+    """Rules for `check`: these numbers of ``config`` are finite and at least so large."""
+    need = f"at least {least}" if least else "not negative"
+    return {name: (least <= getattr(config, name) < math.inf, getattr(config, name), need) for name in names}
+
+
+def positive(config: Any, *names: str) -> dict[str, tuple[bool, Any, str]]:
+    """Rules for `check`: these numbers of ``config`` are finite and above 0."""
+    return {name: (0 < getattr(config, name) < math.inf, getattr(config, name), "positive") for name in names}
 
 
 def build(kind: Any, values: dict[str, Any], where: str) -> Any:

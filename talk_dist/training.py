@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from talk_dist.schema import check, check_types
+from talk_dist.schema import at_least, check, check_types, positive
 
 StudentKind = Literal["gcn", "sage", "sgc", "appnp", "gat"]
 
@@ -27,9 +27,8 @@ class StudentConfig:
         check_types("student", self)
         check(
             "student",
-            hidden=(self.hidden >= 1, self.hidden, "at least 1"),
-            depth=(self.depth >= 1, self.depth, "at least 1"),
             dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
+            **at_least(1, self, "hidden", "depth"),
         )
 
 
@@ -60,11 +59,7 @@ class InnerConfig:
         check_types("inner", self)
         check(
             "inner",
-            passes=(self.passes >= 1, self.passes, "at least 1"),
-            gnn_lr=(self.gnn_lr > 0, self.gnn_lr, "positive"),
-            adapter_lr=(self.adapter_lr > 0, self.adapter_lr, "positive"),
-            patience=(self.patience >= 1, self.patience, "at least 1"),
-            select_every=(self.select_every >= 1, self.select_every, "at least 1"),
-            adapter_select_every=(self.adapter_select_every >= 1, self.adapter_select_every, "at least 1"),
-            select_patience=(self.select_patience >= 0, self.select_patience, "not negative"),
+            **at_least(1, self, "passes", "patience", "select_every", "adapter_select_every"),
+            **at_least(0, self, "weight_decay", "select_patience"),
+            **positive(self, "gnn_lr", "adapter_lr"),
         )

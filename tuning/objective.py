@@ -156,7 +156,7 @@ def ridge_scores(
     eigendecomposition (of each block) and one pass over the validation rows for all of them."""
     encoder.reset_adapters(config.seed)
     pool.encode(encoder.adapters())
-    counts = class_counts(pool.tag, config.synthetic.size)
+    counts = class_counts(pool.tag, config)
     y_s, blocks = one_hot_labels(counts), config.kernel.blocks(int(counts.sum()))
     h_s = torch.from_numpy(class_centres(sample_for(pool, counts, config.seed), counts, config.seed, blocks))
     counts_of = []

@@ -57,7 +57,7 @@ def listed(problems: Sequence[str]) -> str:
 def check_tag(tag: PreparedTag, config: DistillConfig, splits: Sequence[str], problems: Problems) -> None:
     """What ``config`` and a prepared graph must have in common, encoder apart."""
     meta, hops = tag.meta, config.kernel.rounds
-    problems.attempt(lambda: class_counts(tag, config.synthetic.size))
+    problems.attempt(lambda: class_counts(tag, config))
     halo_hops = meta["partition"]["halo_hops"]
     if hops > halo_hops + 1:
         need = f"set --kernel.hops {halo_hops + 1} or prepare it again with --halo_hops {hops - 1}"

@@ -21,7 +21,7 @@ from talk_dist.distill import distill
 from talk_dist.errors import ConfigError, TalkDistError
 from talk_dist.evaluate import EvaluateConfig, as_metrics, evaluate, table
 from talk_dist.models.protocol import Encoder
-from talk_dist.resources import ClusterConfig, DeepSpeedConfig
+from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
 from talk_dist.runtime.callbacks import Callback, Callbacks, JsonLines, ProgressLines
 from talk_dist.runtime.checkpoint import Checkpoint, DistillState, Standing
 from talk_dist.runtime.pool import ShardPool
@@ -151,9 +151,13 @@ class Evaluate:
             raise ConfigError("--data: give the folder of the prepared graph that the artifact was made from")
         synthetic, tag = SyntheticTAG.from_pretrained(path), PreparedTag(self.data or near)
         config = preflight.distilled_with(synthetic, path)
+        known = config.runtime.cache_folder
         config = replace(
-            config,
-            runtime=replace(config.runtime, kind=self.runtime),
+            config,  # but for what was said of the machine that it was distilled on
+            encoder=replace(config.encoder, device="auto"),
+            runtime=RuntimeConfig(
+                self.runtime, config.runtime.threads, config.runtime.cache, known if storage.exists(known) else ""
+            ),
             cluster=ClusterConfig(address=self.address),
             deepspeed=DeepSpeedConfig(),
         )

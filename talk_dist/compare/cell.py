@@ -74,7 +74,7 @@ class Cell:
     def _baseline(
         self, tag: PreparedTag, pool: ShardPool, encoder: Encoder, config: DistillConfig, tell: Callback
     ) -> SyntheticTAG:
-        counts, about = class_counts(tag, config.synthetic.size), describe(pool, encoder, config)
+        counts, about = class_counts(tag, config), describe(pool, encoder, config)
         if self.method.kind == "coreset":
             made, size = coreset_tag(pool, encoder, counts, self.method.source, config)
             return dataclasses.replace(made, config=about | {"storage": "float32", "token_ids_bytes": size})

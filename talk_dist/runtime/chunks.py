@@ -21,6 +21,8 @@ FOLD_SEED = -1  # no split's
 LIVE_BUFFERS = 12  # arrays of the size (rows, M) that a kernel block with gradient holds at its peak
 TILE_ELEMENTS = 1 << 18  # of a block whose rows are independent: it stays in the cores' caches
 TILE_ROWS = 256  # at least, or its products are slow
+TOGETHER = 512  # synthetic nodes inverted side by side: their histories are what it costs
+HISTORY = 10  # pairs of steps and gradient changes that stand for the curvature there
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 
@@ -43,7 +44,7 @@ class EncodingCache:
 
     def get(self, encoder: Encoder, start: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """The cached encodings (n, d) float32 of the stretch that begins with text ``start``, or computed now and
-        kept."""
+        kept where that is possible."""
         name = f"encodings/{encoder.fingerprint[:16]}-{self.texts[:16]}-part-{self.part:05d}-from-{start:09d}.npy"
         uri = storage.join(self.path, name)
         if storage.exists(uri):
@@ -51,5 +52,9 @@ class EncodingCache:
         encodings = compute()
         buffer = io.BytesIO()
         np.save(buffer, encodings)
-        storage.write_atomic(uri, buffer.getvalue())
+        try:
+            storage.write_atomic(uri, buffer.getvalue())
+        except OSError as error:
+            remedy = "name one that can be written with --runtime.cache_folder, or every run computes them again"
+            warnings.warn(f"{self.path}: encodings cannot be kept there ({error}); {remedy}", stacklevel=2)
         return encodings

@@ -13,7 +13,7 @@ from typing import Any
 
 from talk_dist.config import BITS, DistillConfig
 from talk_dist.models.shape import ModelShape
-from talk_dist.runtime.chunks import LIVE_BUFFERS, TILE_ELEMENTS, TILE_ROWS
+from talk_dist.runtime.chunks import HISTORY, LIVE_BUFFERS, TILE_ELEMENTS, TILE_ROWS, TOGETHER
 from talk_dist.runtime.fields import READ_ROWS
 from talk_dist.runtime.pool import sample_size
 from talk_dist.runtime.propagate import PROPAGATED_BYTES, PROPAGATED_ENTRIES
@@ -34,6 +34,7 @@ REMEDIES = {
     "solve": "lower --synthetic.size",
     "encode": "lower --encoder.batch_tokens",
     "inject": "lower --outer.inject_batch or --synthetic.tokens",
+    "tokens": "lower --synthetic.tokens or --outer.inject_batch",
     "propagate": "prepare it in more parts, on more machines",
     "students": "lower --student.hidden, or prepare it in more parts, on more machines",
     "kernel": "lower --kernel.chunk_mib",
@@ -237,15 +238,13 @@ def _working(
     meta: dict[str, Any], config: DistillConfig, model: ModelShape, m: int, evaluation: Evaluation | None
 ) -> dict[str, int]:
     longest = min(meta["tokenizer"]["max_tokens"], model.positions)
-    kernel = config.kernel
-    item = 8 if kernel.precision == "float64" else 4
+    kernel, item = config.kernel, 8 if config.kernel.precision == "float64" else 4
     biggest = max(part["nodes"] + part["halo"] for part in meta["parts"])
     densest = max(part["entries"] for part in meta["parts"])
     m_block = -(-m // kernel.blocks(m))
     rows = max(TILE_ROWS, TILE_ELEMENTS // m_block) if kernel.rounds == 1 else biggest
     block = min(kernel.chunk_mib << 20, min(rows, biggest) * m_block * item * LIVE_BUFFERS)
-    classes = len(meta["classes"])
-    taught = config.outer.targets == "teacher"
+    classes, taught = len(meta["classes"]), config.outer.targets == "teacher"
     square, sample = 8 * m_block * m_block, _sample(meta, m, model.width)
     solve = (2 + SOLVE_BUFFERS * kernel.rounds * kernel.layers) * square
     wide = max(config.student.hidden, model.width)
@@ -254,12 +253,16 @@ def _working(
     made = 4 * 4 * min(biggest, READ_ROWS) * wide  # a student's rows, before and after a hop
     if config.student.kind == "gat":
         made = min(4 * MADE * biggest * wide, STAGE_BYTES)
+    inject = HEAP * model.activations(min(m, config.outer.inject_batch), config.synthetic.tokens, kept=True)
+    sought = not meta.get("encodings") and (config.synthetic.init == "two-stage" or config.settles)
+    moves = sought * (2 * HISTORY + 6) * 4 * min(m, TOGETHER) * config.synthetic.tokens * model.width
     working = {
         "encode": HEAP * model.activations(config.encoder.batch_tokens / longest, longest, kept=False)
         + 2 * 4 * min(biggest, ENCODED_ROWS) * model.width,
         "propagate": min(item * biggest * model.width, PROPAGATED_BYTES) + 60 * min(densest, PROPAGATED_ENTRIES),
         "students": made + min(4 * biggest * wide, PROPAGATED_BYTES) + 60 * min(densest, PROPAGATED_ENTRIES),
-        "inject": HEAP * model.activations(min(m, config.outer.inject_batch), config.synthetic.tokens, kept=True),
+        "inject": inject,
+        "tokens": moves + inject,
         "kernel": HEAP_UNTRIMMED * block + 4 * 8 * m * (model.width + classes),
         # as it comes, joined, sorted; a class of it in float64; a teacher's layers and their gradients; or the passes
         # of a student that are gone through again

@@ -88,12 +88,11 @@ def fit_full(
     first = train(whole_batch, student, config, seed=seed, select=validated, progress=progress)
     if not isinstance(encoder, TextEncoder) or not encoder.adapted or not epochs:
         return first
-    batches = -(-len(train_rows) // BATCH)
-    generator = np.random.default_rng(seed)
-    order = np.concatenate([generator.permutation(whole.train) for _ in range(epochs)])
+    count, generator = -(-len(train_rows) // BATCH), np.random.default_rng(seed)
+    batches = [rows for _ in range(epochs) for rows in np.array_split(generator.permutation(whole.train), count)]
 
     def mini_batch(index: int) -> torch.Tensor:
-        rows = order[(index - 1) * BATCH : index * BATCH]
+        rows = batches[index - 1]
         ids, mask = map(torch.from_numpy, whole.tokens.padded(rows))
         fresh = encoder.forward_embeds(encoder.token_table[ids.to(encoder.device)], mask, seed + index).cpu()
         mixed = h.index_copy(0, torch.from_numpy(rows), fresh)
@@ -106,9 +105,9 @@ def fit_full(
         h.copy_(torch.from_numpy(pool.gather()))
         return validated(current)
 
-    steps = -(-len(order) // BATCH)
+    steps = len(batches)
     joint = dataclasses.replace(config, passes=steps, patience=steps, target_loss=0.0, select_patience=0)
-    joint = dataclasses.replace(joint, adapter_select_every=batches)
+    joint = dataclasses.replace(joint, adapter_select_every=count)
     found = first.selected
     return train(
         mini_batch, student, joint, encoder=encoder, seed=seed, select=refresh, selected=found, progress=progress

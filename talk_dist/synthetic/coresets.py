@@ -14,8 +14,9 @@ from talk_dist.errors import ConfigError
 from talk_dist.runtime.pool import ShardPool, TrainSample, sample_size
 
 
-def allocate(num_synthetic: int, class_counts: np.ndarray) -> np.ndarray:
-    """Synthetic nodes per class (C,): proportional to the class, at least one each, summing to M.
+def allocate(num_synthetic: int, class_counts: np.ndarray, blocks: int = 1) -> np.ndarray:
+    """Synthetic nodes per class (C,): proportional to the class, at least one each (one a block, as far as M allows),
+    summing to M.
 
     Raises ConfigError if there are fewer synthetic nodes than classes.
     """
@@ -25,9 +26,10 @@ def allocate(num_synthetic: int, class_counts: np.ndarray) -> np.ndarray:
             f"every class needs one: set --synthetic.size {len(class_counts)} or more"
         )
     share = class_counts / class_counts.sum() * num_synthetic
-    counts = np.maximum(1, np.floor(share)).astype(np.int64)
+    least = min(blocks, num_synthetic // len(class_counts))
+    counts = np.maximum(least, np.floor(share)).astype(np.int64)
     while counts.sum() > num_synthetic:  # the ones given for free are taken from the largest surplus
-        counts[np.argmax(np.where(counts > 1, counts - share, -np.inf))] -= 1
+        counts[np.argmax(np.where(counts > least, counts - share, -np.inf))] -= 1
     while counts.sum() < num_synthetic:
         counts[np.argmax(share - counts)] += 1
     return counts

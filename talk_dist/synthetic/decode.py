@@ -14,11 +14,14 @@ from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.coresets import sample_for
 
+CHUNK_ELEMENTS = 1 << 25  # cosines held at once
 
-def nearest_tokens(x_s: Tensor, table: Tensor, chunk: int = 4096) -> Tensor:
+
+def nearest_tokens(x_s: Tensor, table: Tensor) -> Tensor:
     """For token embeddings ``x_s`` (M, T, d) the most similar rows (cosine) of ``table`` (V, d): (M, T) ids."""
     unit = normalize(table.float(), dim=1)
     flat = normalize(x_s.reshape(-1, x_s.shape[-1]).float(), dim=1).to(unit)
+    chunk = max(1, CHUNK_ELEMENTS // len(table))
     ids = [(flat[start : start + chunk] @ unit.T).argmax(1) for start in range(0, len(flat), chunk)]
     return torch.cat(ids).view(x_s.shape[:2]).cpu()
 

@@ -20,13 +20,14 @@ from talk_dist.errors import ConfigError
 from talk_dist.models.inner import one_hot, smoothed
 from talk_dist.models.protocol import Encoder, Report
 from talk_dist.runtime.checkpoint import Starting
+from talk_dist.runtime.chunks import TOGETHER
 from talk_dist.runtime.outer import Objective
 from talk_dist.runtime.pool import ShardPool, TrainSample
 from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import allocate, class_centres, sample_for, select
 from talk_dist.synthetic.discrete import framed, invert_tokens
 from talk_dist.synthetic.encodings import Optimised, optimise_encodings
-from talk_dist.synthetic.invert import TOGETHER, invert
+from talk_dist.synthetic.invert import invert
 
 Told = Callable[[str, int, dict[str, float]], None]
 """(stage, step, metrics) of a group of nodes."""
@@ -48,9 +49,10 @@ def num_synthetic(size: float, num_nodes: int) -> int:
     return round(size * num_nodes) if size < 1 else int(size)
 
 
-def class_counts(tag: PreparedTag, size: float) -> np.ndarray:
+def class_counts(tag: PreparedTag, config: DistillConfig) -> np.ndarray:
     """Synthetic nodes of each class (C,). Raises ConfigError if there are fewer than classes."""
-    return allocate(num_synthetic(size, tag.num_nodes), tag.train_class_counts)
+    m = num_synthetic(config.synthetic.size, tag.num_nodes)
+    return allocate(m, tag.train_class_counts, config.kernel.blocks(m))
 
 
 def one_hot_labels(counts: np.ndarray) -> Tensor:
@@ -67,7 +69,7 @@ def initialise(
     propagated encodings P^2 H of the chosen rows.
     """
     pool, starting = real.pool, starting or Starting()
-    counts = class_counts(pool.tag, config.synthetic.size)
+    counts = class_counts(pool.tag, config)
     classes, blocks = one_hot_labels(counts), config.kernel.blocks(int(counts.sum()))
     y_s = smoothed(classes, config.synthetic.label_smoothing)
     sample = sample_for(pool, counts, config.seed)

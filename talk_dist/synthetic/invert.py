@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from talk_dist.runtime.chunks import HISTORY
+
 Residual = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """x (m, D) of the nodes (m,) -> squared distances (m,), their gradients (m, D)."""
-TOGETHER = 512  # synthetic nodes inverted side by side: their histories are what it costs
-HISTORY = 10  # pairs of steps and gradient changes that stand for the curvature
 _TINY = 1e-30
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from talk_dist.config import BITS, DistillConfig
 from talk_dist.models.protocol import Encoder, Report
+from talk_dist.runtime.chunks import TOGETHER
 from talk_dist.synthetic import grid
-from talk_dist.synthetic.invert import TOGETHER, invert
+from talk_dist.synthetic.invert import invert
 
 KEEP = 0.45  # share of the free numbers that stays free after a round
 ROUNDS = 8

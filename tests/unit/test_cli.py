@@ -185,6 +185,22 @@ def test_evaluate_writes_into_the_artifact(finished, tags, told, tmp_path):
     assert "SAGE students on the frozen encoder, trained on 6" in out
 
 
+def test_an_artifact_is_evaluated_wherever_one_is(tags, encoder_folder, told, tmp_path):
+    """What was said of the machine that distilled it holds there alone."""
+    out, scratch = tmp_path / "run", tmp_path / "scratch"
+    scratch.mkdir()
+    there = {"kernel.fields": "disk", "runtime.scratch": scratch, "runtime.cache_folder": tmp_path / "kept"}
+    told("distill", *flat({"data": tags[2].path, "out": out, "encoder.name": encoder_folder} | SMALL | there))
+    shutil.rmtree(scratch)
+    shutil.rmtree(tmp_path / "kept")
+    config = json.loads((out / "synthetic" / "config.json").read_text())
+    config["distill"]["encoder"]["device"] = "cuda"
+    (out / "synthetic" / "config.json").write_text(json.dumps(config))
+    told("evaluate", out, *flat({"data": tags[2].path, "seeds": 1, "against": "medoid", "recipe.passes": 5}))
+    assert not (tmp_path / "kept").exists()
+    assert not scratch.exists()
+
+
 def test_export(finished, told, tmp_path):
     told("export", finished, "--out", tmp_path / "a.pt", "--encodings", "true")
     data = Data.from_dict(torch.load(tmp_path / "a.pt", weights_only=True))

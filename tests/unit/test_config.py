@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 
 import pytest
 
@@ -38,11 +39,14 @@ def test_presets():
     [
         ("encoder", {"rank": 0, "dropout": 1.0, "batch_tokens": 0}),
         ("kernel", {"hops": 0, "layers": 0, "ridge": -1e-3, "chunk_mib": 0}),
-        ("synthetic", {"size": 0, "tokens": 0}),
-        ("two_stage", {"feature_steps": -1, "token_steps": -1, "validate_every": 0}),
+        ("kernel", {"ridge": math.inf}),
+        ("synthetic", {"size": 0, "tokens": 0, "gain": math.inf}),
+        ("two_stage", {"feature_steps": -1, "token_steps": -1, "validate_every": 0, "feature_lr": -0.1}),
         ("student", {"hidden": 0, "depth": 0, "dropout": -0.1}),
-        ("inner", {"passes": 0, "gnn_lr": 0.0, "adapter_lr": 0.0, "patience": 0}),
+        ("inner", {"passes": 0, "gnn_lr": 0.0, "adapter_lr": 0.0, "patience": 0, "weight_decay": -1.0}),
         ("outer", {"epochs": -1, "steps": 0, "lr": 0.0, "patience": 0, "inject_batch": 0}),
+        ("outer", {"label_lr": -1.0, "temperature_lr": 0.0, "weight_decay": -0.1}),
+        ("outer", {"lr": math.nan}),
         ("runtime", {"threads": -1}),
     ],
 )

@@ -29,19 +29,25 @@ from talk_dist.synthetic.init import embed, initialise, num_synthetic
 counts_of_classes = st.lists(st.integers(1, 60), min_size=1, max_size=5)
 
 
-@given(counts_of_classes, st.integers(0, 12))
+@given(counts_of_classes, st.integers(0, 12), st.integers(1, 4))
 @settings(max_examples=150, deadline=None)
-@example([1, 1, 1, 1, 96], 1)  # what the small classes get for free is taken from the large one
-@example([2, 2, 2], 2)
-def test_allocation_is_the_nearest_to_proportional(class_counts, extra):
-    """Of all ways to give every class at least one node, the smallest squared distance to the exact shares."""
+@example([1, 1, 1, 1, 96], 1, 1)  # what the small classes get for free is taken from the large one
+@example([1, 1, 96], 9, 3)
+@example([2, 2, 2], 2, 1)
+def test_allocation_is_the_nearest_to_proportional(class_counts, extra, blocks):
+    """Of all ways to give every class at least one node a block, or as many as there are, the smallest squared distance
+    to the exact shares."""
     class_counts, total = np.array(class_counts), len(class_counts) + extra
-    mine, share = allocate(total, class_counts), class_counts / class_counts.sum() * total
+    mine, share = allocate(total, class_counts, blocks), class_counts / class_counts.sum() * total
     assert mine.sum() == total
-    assert mine.min() >= 1
+    least = min(blocks, total // len(class_counts))
+    assert mine.min() >= least
+    if least == blocks:  # no block lacks a class
+        label = np.repeat(np.arange(len(class_counts)), mine)
+        assert all(len(set(label[block::blocks])) == len(class_counts) for block in range(blocks))
     cuts = itertools.combinations(range(1, total), len(class_counts) - 1)
     every = [np.diff([0, *cut, total]) for cut in cuts]
-    best = min(((counts - share) ** 2).sum() for counts in every)
+    best = min(((counts - share) ** 2).sum() for counts in every if counts.min() >= least)
     assert ((mine - share) ** 2).sum() == pytest.approx(best)
     larger = class_counts[:, None] > class_counts[None]
     assert (mine[:, None] >= mine[None])[larger].all()  # a larger class never gets fewer

@@ -6,17 +6,21 @@ import dataclasses
 import itertools
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from talk_dist.config import DistillConfig, InnerConfig, KernelConfig, StudentConfig
+from talk_dist.data.tag import TokenLists
 from talk_dist.errors import ConfigError, DataError
 from talk_dist.evaluate import EvaluateConfig, Row, as_metrics, evaluate, reference, retention, table
 from talk_dist.models.gnn import Student, local_graph
 from talk_dist.models.inner import one_hot, smoothed, train
-from talk_dist.runtime.full import WholeGraph
+from talk_dist.resources import RuntimeConfig
+from talk_dist.runtime.full import WholeGraph, fit_full
 from talk_dist.runtime.outer import accuracy, macro_f1, student_accuracy
+from talk_dist.runtime.pool import LocalPool
 from talk_dist.synthetic.coresets import allocate
 from talk_dist.training_sets import coreset_tag, full_set
 
@@ -81,6 +85,37 @@ def test_the_reference_has_the_best_of_its_choices(make_encoder, make_pool, adap
     found = reference(whole, pool, encoder, quick(**choices))
     assert found == alone(best)
     assert found.chosen == dict(zip(("gnn_lr", "label_smoothing"), best, strict=True))
+
+
+def test_an_epoch_of_the_joint_reference_has_every_training_node_once(make_encoder, make_pool, monkeypatch):
+    """No batch of texts spans two epochs, where a node might be in it twice and count twice."""
+    encoder = make_encoder(adapters=True)
+    pool = make_pool(encoder, 1)
+    whole, seen, padded = WholeGraph(pool.tag), [], TokenLists.padded
+    monkeypatch.setattr(TokenLists, "padded", lambda lists, rows: seen.append(rows) or padded(lists, rows))
+    monkeypatch.setattr("talk_dist.runtime.full.BATCH", 4)
+    encoder.reset_adapters(0)
+    pool.encode(encoder.adapters())
+    seen.clear()
+    monkeypatch.setattr(pool, "encode", lambda *_: False)  # it pads texts too
+    student = Student(StudentConfig(hidden=16), encoder.width, len(pool.tag.classes), 0)
+    fit_full(encoder, student, pool, whole, quick().full_recipe(0.02), 3, seed=0)
+    count = -(-len(whole.train) // 4)
+    assert len(seen) == 3 * count
+    for epoch in range(3):
+        rows = np.concatenate(seen[epoch * count : (epoch + 1) * count])
+        np.testing.assert_array_equal(np.sort(rows), np.sort(whole.train))
+    assert max(map(len, seen)) <= 4
+
+
+def test_a_graph_without_test_nodes_is_refused(make_encoder, make_pool, prepare_graph, graph):
+    split = ["val" if part == "test" else part for part in graph.split]
+    nodes = graph.nodes.set_column(graph.nodes.column_names.index("split"), "split", pa.array(split))
+    tag, encoder = prepare_graph(dataclasses.replace(graph, nodes=nodes)), make_encoder()
+    pool = LocalPool(tag, encoder, KernelConfig(), RuntimeConfig(cache=False))
+    pool.encode({})
+    with pytest.raises(DataError, match="no labelled node is in the test split"):
+        evaluate(pool, encoder, a_coreset(pool, encoder), CONFIG, quick())
 
 
 def test_the_reference_goes_on_while_validation_rises(make_encoder, make_pool, monkeypatch):

@@ -307,7 +307,7 @@ def test_the_encodings_of_a_language_model_distil_as_its_texts_do(tmp_path, grap
     config = settings()
     config = dataclasses.replace(config, encoder=EncoderConfig(name=f"given:{x.shape[1]}", device="cpu"))
     config = dataclasses.replace(config, outer=dataclasses.replace(config.outer, targets="labels"))
-    counts, nothing = class_counts(texts.tag, 6), lambda *_: None
+    counts, nothing = class_counts(texts.tag, config), lambda *_: None
     centres = torch.from_numpy(class_centres(sample_for(texts, counts, 0), counts, 0))
     truth = optimise_encodings(texts, centres, one_hot_labels(counts), config, nothing).h_s
     nodes, edges = with_encodings(graph, x)
@@ -322,7 +322,7 @@ def test_starts_and_coresets_are_propagated_encodings(given_tags, encoder):
     pool = pool_of(given_tags[3], encoder, config.kernel)
     rows = {tuple(row) for row in pool.sample(99, 0).features.tolist()}
     start = initialise(RealSide(pool, config), encoder, config, lambda *_: None)
-    coreset, size = coreset_tag(pool, encoder, class_counts(pool.tag, 6), "herding", DistillConfig())
+    coreset, size = coreset_tag(pool, encoder, class_counts(pool.tag, config), "herding", DistillConfig())
     assert size == 6 * 2 * WIDTH
     for x in (start.x_s, coreset.token_embeds):
         assert x.shape == (6, 1, WIDTH)

@@ -1,5 +1,6 @@
 """However the graph is cut into shards and rows into chunks: the mathematics is that of the dense whole."""
 
+import errno
 import gc
 import shutil
 from dataclasses import replace
@@ -421,6 +422,23 @@ def test_encodings_are_kept_beside_the_prepared_tag(graph, prepare_graph, make_e
     second = make_pool(encoder, tag, cache=True)
     for one, two in zip(first.shards, second.shards, strict=True):
         np.testing.assert_array_equal(one._fields["H"], two._fields["H"])
+
+
+def test_encodings_that_cannot_be_kept_are_used_all_the_same(
+    graph, prepare_graph, make_encoder, make_pool, monkeypatch
+):
+    """A prepared graph may lie where nothing can be written."""
+
+    def refuse(uri, data):
+        raise OSError(errno.EROFS, "Read-only file system", uri)
+
+    tag = prepare_graph(graph)
+    with monkeypatch.context() as patched:
+        patched.setattr("talk_dist.data.storage.write_atomic", refuse)
+        with pytest.warns(UserWarning, match=r"cannot be kept there \(.*Read-only.*--runtime\.cache_folder"):
+            found = make_pool(make_encoder(), tag, cache=True)
+    expected = make_pool(make_encoder(), tag, cache=False)
+    np.testing.assert_array_equal(found.shards[0]._fields["H"], expected.shards[0]._fields["H"])
 
 
 def test_kept_encodings_of_other_texts_or_another_encoder_are_not_used(graph, prepare_graph, make_encoder, make_pool):
