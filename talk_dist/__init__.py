@@ -2,9 +2,9 @@
 
 from talk_dist.config import DistillConfig as DistillConfig
 from talk_dist.data.prepare import prepare as prepare
+from talk_dist.data.pyg import from_pyg as from_pyg
 from talk_dist.data.tables import from_arrow as from_arrow
 from talk_dist.data.tables import from_ogb as from_ogb
-from talk_dist.data.tables import from_pyg as from_pyg
 from talk_dist.data.tables import open_tables as open_tables
 from talk_dist.data.tag import PreparedTag as PreparedTag
 from talk_dist.distill import distill as distill

@@ -24,7 +24,7 @@ from talk_dist.runtime.callbacks import Stop
 from talk_dist.schema import unknown_key
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 COMMANDS = {
     command.name: command
     for command in (
@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         full = code in FULL or "No space left" in str(error)
         if not full and code not in REFUSED:
             raise
-        advice = f"{'make room, or ' if full else ''}choose another --out, and run the command again"
+        first = "make room" if full else "change its permissions"
+        advice = f"{first}, or choose another folder, and run the command again"
         print(f"talk-dist {name}: {error}; what was published before is whole: {advice}", file=sys.stderr)
     return 2
 

@@ -59,11 +59,8 @@ class RunFolder:
     def check(self) -> None:
         """Raises ConfigError unless the folder can be written, and DataError if something is in the way."""
         filesystem, path = storage.resolve(self.out)
-        probe = storage.join(path, f".writable-{self.attempt[:8]}")
         try:
-            filesystem.create_dir(path, recursive=True)
-            filesystem.open_output_stream(probe).close()
-            filesystem.delete_file(probe)
+            storage.check_writable(self.out)
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"--out {self.out}: cannot be written ({reason}); choose another folder") from error

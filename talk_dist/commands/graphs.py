@@ -71,6 +71,8 @@ class Prepare:
             raise ConfigError("--out: say where to publish the prepared graph, such as --out prepared/mygraph")
         if bool(self.nodes) == bool(self.ogb) or (self.packages and self.nodes != EMBEDDED):
             raise ConfigError(f"give a node table, {EMBEDDED} (with --packages or not), or --ogb FOLDER: one of them")
+        if self.edges and (self.ogb or self.nodes == EMBEDDED):
+            raise ConfigError(f"{self.edges}: {self.ogb or EMBEDDED} has edges of its own; leave it out")
         name = self.name or None
         if self.ogb:
             source = tables.from_ogb(self.ogb)
@@ -151,6 +153,8 @@ class Inspect:
     def _neighbours(self, synthetic: SyntheticTAG, path: str, tag: PreparedTag) -> list[list[Neighbour]]:
         """As the frozen encoder sees both: its encodings of the graph are usually known."""
         config, problems = preflight.distilled_with(synthetic, path), preflight.Problems()
+        problems.attempt(lambda: preflight.check_origin(synthetic, path, tag))
+        problems.done()
         config = replace(config, encoder=replace(config.encoder, adapters=False))
         preflight.check_tag(tag, config, ("train",), problems)
         encoder = load_encoder(config.encoder)
@@ -192,6 +196,8 @@ class Export:
         if given_width(name) is not None:
             raise ConfigError(f"{path}: was distilled from encodings ({name}), and has no texts; leave --format out")
         tokenizer, out = load_tokenizer(name), self.out or TEXTS
+        if not out.endswith((".jsonl", ".parquet")):
+            raise ConfigError(f"--out {out}: texts are written as .jsonl or .parquet; name such a file")
         synthetic.export_text(out, tokenizer)
         assert synthetic.token_ids is not None
         same = sum(map(tokenizer.parses_back, synthetic.token_ids.tolist()))

@@ -188,13 +188,7 @@ def check_evaluation(
     ``force`` lets another graph pass if its classes are the same.
     """
     problems = Problems()
-    made, here = str(artifact.config.get("dataset_hash")), str(tag.meta["hash"])
-    if artifact.classes != tag.classes:
-        problems.errors.append(DataError(path, f"has the classes {artifact.classes}, but {tag.path} has {tag.classes}"))
-    elif made != here and not force:
-        name = artifact.config.get("dataset")
-        different = f"was made from {name!r} with hash {made[:16]}, but {tag.path} has hash {here[:16]}"
-        problems.errors.append(DataError(path, f"{different}; give that graph, or --force true to use this one"))
+    problems.attempt(lambda: check_origin(artifact, path, tag, force))
     check_tag(tag, config, ("val", "test"), problems)
     encoder = problems.attempt(load)
     if encoder is not None:
@@ -207,6 +201,18 @@ def check_evaluation(
     problems.done()
     assert encoder is not None
     return encoder, check_memory(tag, config, evaluation)
+
+
+def check_origin(artifact: SyntheticTAG, path: str, tag: PreparedTag, force: bool | None = None) -> None:
+    """Raises DataError unless ``artifact`` was made from ``tag``, or, with ``force``, from one of its classes."""
+    made, here = str(artifact.config.get("dataset_hash")), str(tag.meta["hash"])
+    if artifact.classes != tag.classes:
+        raise DataError(path, f"has the classes {artifact.classes}, but {tag.path} has {tag.classes}")
+    if made != here and not force:
+        name = artifact.config.get("dataset")
+        different = f"was made from {name!r} with hash {made[:16]}, but {tag.path} has hash {here[:16]}"
+        choice = "" if force is None else ", or --force true to use this one"
+        raise DataError(path, f"{different}; give that graph{choice}")
 
 
 def distilled_with(artifact: SyntheticTAG, path: str) -> DistillConfig:

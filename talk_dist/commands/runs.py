@@ -29,7 +29,7 @@ from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.decode import readings
 from talk_dist.synthetic.plot import plot
 
-EVALUATION, PICTURE = "evaluation.md", "run.png"
+EVALUATION, PICTURE, CHECKPOINT = "evaluation.md", "run.png", "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Distill:
             where.encoder,
             lambda encoder: self._open(folder, encoder, config, lines),
         )
-        path, resume = folder.path("checkpoint.safetensors"), self.resume == "auto"
+        path, resume = folder.path(CHECKPOINT), self.resume == "auto"
         lends, threads = config.deepspeed.encode_texts, Checkpoint(path, {}, resume).threads
         pool = where.pool(tag, encoder, lambda parts: plan.actor(parts, lends).host, threads)
         checkpoint = Checkpoint(path, identity(tag, encoder, config), resume, folder.guard)
@@ -113,6 +113,11 @@ class Distill:
             made = tag.meta["tokenizer"]["fingerprint"], tag.meta["name"]
             if made == (encoder.tokenizer.fingerprint, api_name()) and tag.meta["partition"]["halo_hops"] >= hops:
                 return tag
+            if self.resume == "auto" and any(map(storage.exists, (run.path(CHECKPOINT), run.path(ARTIFACT)))):
+                raise ConfigError(
+                    f"--out {self.out}: holds a run on another graph ({tag.meta['name']}, for another encoder or fewer "
+                    "hops of halo); choose another --out, or pass --resume never to replace it"
+                )
         run.claim()  # another run there may be reading the graph that is replaced
         print("reading the standard library's own documentation into a graph")
         source = tables.from_arrow(*build_python_api())
@@ -146,6 +151,7 @@ class Evaluate:
 
     def run(self, call: Call, evaluation: EvaluateConfig) -> None:
         path = preflight.artifact_path(given(self.artifact, "an artifact"))
+        storage.check_writable(beside(path, ""))  # the table goes into the artifact, which is published anew
         near = beside(path, PREPARED)
         if not self.data and not storage.exists(near):
             raise ConfigError("--data: give the folder of the prepared graph that the artifact was made from")
@@ -201,11 +207,12 @@ def _evaluate(
     }
     metrics = synthetic.metrics | {"evaluation": as_metrics(rows, evaluation) | about}
     synthetic = replace(synthetic, metrics=metrics)
+    sentence = report.summary(rows, synthetic, evaluation, config.encoder.adapters)
+    print(table(rows), "", sentence, "", sep="\n", flush=True)  # whatever becomes of the artifact
     if folder is not None:
         folder.guard()
     synthetic.save_pretrained(path)
-    sentence = report.summary(rows, synthetic, evaluation, config.encoder.adapters)
-    print(table(rows), "", sentence, "", f"artifact    {path}", sep="\n")
+    print(f"artifact    {path}")
     if folder is not None:
         text = report.evaluation(rows, synthetic, evaluation, config.encoder.adapters, call.command, took)
         storage.write_atomic(folder.path(EVALUATION), text.encode())

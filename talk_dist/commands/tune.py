@@ -90,6 +90,9 @@ class Tune:
                 words = [*without(words, "space"), "--space", kept]
             words += ["--out", self.out]
             options, saved, _ = read(COMMAND, words)
+            if options.name != self.resume:
+                reason = f"its settings are those of {options.name!r}; give the folder that name again"
+                raise ConfigError(f"--resume {self.resume}: {reason}, or leave --name out")
             return options.run(Call(["tune", *words], call.stop), saved)
         if storage.HIDDEN in self.storage:
             raise ConfigError(f"--storage {self.storage}: its password was not written down; give --storage again")
@@ -191,7 +194,7 @@ class Tune:
             return {}
         try:
             tree = yaml.safe_load(storage.read_bytes(self.space)) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, OSError) as error:
             raise ConfigError(f"--space {self.space}: is not YAML ({' '.join(str(error).split())})") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"--space {self.space}: must map settings to ranges, choices or values")

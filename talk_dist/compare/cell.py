@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from talk_dist.compare.plan import Method
+from talk_dist.compare.plan import Method, file_name
 from talk_dist.config import BITS, DistillConfig, InnerConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import describe, distill
@@ -41,7 +41,7 @@ class Cell:
         """Its folder's name."""
         kind = "adapters" if self.adapters else "frozen"
         words = [self.data, f"split {self.seed}", self.method.name, f"{self.size:g}", kind]
-        return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
+        return "-".join(map(file_name, words))
 
     @property
     def possible(self) -> bool:

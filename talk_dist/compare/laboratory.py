@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
 
 Record = dict[str, Any]
+Pair = tuple[str, int]  # a graph and the seed of its split
 
 
 class Laboratory:
@@ -56,14 +57,33 @@ class Laboratory:
         Raises ConfigError if a row was made with other settings.
         """
         plan, encoder = self.plan, plan_encoder(self.plan)
-        for (data, tables_of), seed in itertools.product(plan.data.items(), plan.splits):
-            tag = self._prepared(data, tables_of, seed, encoder)
+        pairs = list(itertools.product(plan.data, plan.splits))
+        tags = {pair: self._prepared(pair[0], plan.data[pair[0]], pair[1], encoder) for pair in pairs}
+        cells = {
+            (data, seed): [
+                cell
+                for size, method, adapters in itertools.product(plan.sizes, plan.methods, plan.adapters)
+                if (cell := Cell(data, seed, method, size, adapters)).possible
+            ]
+            for data, seed in pairs
+        }
+        self._check(tags, cells)
+        for (data, seed), tag in tags.items():
             for adapters in plan.adapters:
                 yield from self._reference(data, seed, tag, adapters)
-            for size, method, adapters in itertools.product(plan.sizes, plan.methods, plan.adapters):
-                cell = Cell(data, seed, method, size, adapters)
-                if cell.possible:
-                    yield from self._cell(cell, tag)
+            for cell in cells[data, seed]:
+                yield from self._cell(cell, tag)
+
+    def _check(self, tags: Mapping[Pair, PreparedTag], cells: Mapping[Pair, Sequence[Cell]]) -> None:
+        """Raises one ConfigError that lists every cell that cannot be made, before the first is."""
+        wrong = []
+        for pair, tag in tags.items():
+            for cell in cells[pair]:
+                problems = preflight.Problems()
+                preflight.check_tag(tag, cell.config(len(tag.classes)), ("val", "test"), problems)
+                wrong += [f"{cell.data}, {cell.method.name}, size {cell.size:g}: {e}" for e in problems.errors]
+        if wrong:
+            raise ConfigError("\n".join(dict.fromkeys(wrong)))
 
     def pictures(self) -> dict[str, bytes]:
         """Title -> PNG of the encodings of the first method's sets, as far as they were drawn."""
@@ -169,9 +189,6 @@ class Laboratory:
     @contextmanager
     def _opened(self, tag: PreparedTag, config: DistillConfig, work: str = "") -> Iterator[tuple[ShardPool, Encoder]]:
         """What a cell needs; ``work``: where a set that is being made stands."""
-        problems = preflight.Problems()
-        preflight.check_tag(tag, config, ("val", "test"), problems)
-        problems.done()
         runtime = config.runtime  # the splits of a graph share their encodings
         shared = runtime.cache_folder or self.folder.out
         with place(dataclasses.replace(config, runtime=dataclasses.replace(runtime, cache_folder=shared))) as where:
@@ -184,8 +201,14 @@ class Laboratory:
             return PreparedTag(spec["prepared"])
         path = self.folder.path("prepared", f"{data}-{seed}")
         name = api_name() if data == EMBEDDED else data
-        said, wanted = f"{path}.json", storage.to_json(spec | {"name": name, "encoder": encoder})
-        if storage.exists(said) and storage.read_bytes(said) == wanted:
+        wanted = spec | {"name": name, "encoder": encoder}
+        if data != EMBEDDED:  # tables that are gone are as they were
+            wanted["stamps"] = [storage.stamp(uri) for uri in (spec["nodes"], spec["edges"]) if uri]
+        said = f"{path}.json"
+        saved = storage.read_json(said) if storage.exists(said) else {}
+        if saved.get("stamps") and None in wanted.get("stamps", ()):
+            wanted["stamps"] = saved["stamps"]
+        if saved == json.loads(json.dumps(wanted)):
             return PreparedTag(path)
         # what the plan said before may lie there; if it was another graph, its rows are refused after this
         if data == EMBEDDED:
@@ -194,7 +217,7 @@ class Laboratory:
             source = tables.open_tables(spec["nodes"], spec["edges"] or None)
         rest = {key: spec[key] for key in ("max_tokens", "parts", "use_split_column")}
         tag = prepare(source, path, encoder=encoder, split_seed=seed, name=name, **rest)
-        storage.write_atomic(said, wanted)
+        storage.write_atomic(said, storage.to_json(wanted))
         return tag
 
     def _encode(self, pool: ShardPool, encoder: Encoder) -> None:

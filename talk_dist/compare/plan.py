@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
@@ -145,7 +146,10 @@ def _wrong_tables(name: str, entry: Any) -> list[str]:
 
 def _wrong(plan: Plan) -> list[str]:
     checks = {
-        "sizes": (min(plan.sizes, default=0) >= 0, "fractions, or numbers of nodes"),
+        "sizes": (
+            all(0 <= size < 1 or (float(size).is_integer() and size >= 0) for size in plan.sizes),
+            "fractions below 1, or whole numbers of nodes",
+        ),
         "students": (set(plan.students) <= set(get_args(StudentKind)), f"some of {', '.join(get_args(StudentKind))}"),
         "adapters": (bool(plan.adapters), "[false], [true] or [false, true]"),
         "splits": (min(plan.splits, default=0) >= 0, "seeds, not negative"),
@@ -158,4 +162,14 @@ def _wrong(plan: Plan) -> list[str]:
         value = getattr(plan, name)
         if not holds or value == ():
             wrong.append(f"{name} = {value!r}: must be {need}")
+    for kind, names in {"data": list(plan.data), "methods": [method.name for method in plan.methods]}.items():
+        folders = Counter(map(file_name, names))
+        same = [name for name in names if folders[file_name(name)] > 1]
+        if same:
+            wrong.append(f"{kind}: {', '.join(same)} would share a folder; tell them apart by letters or digits")
     return wrong
+
+
+def file_name(word: str) -> str:
+    """``word`` with nothing in it that a file system minds."""
+    return "".join(c if c.isalnum() or c in "._" else "_" for c in word)

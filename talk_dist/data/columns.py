@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from talk_dist.data.splits import show
 
-WHOLE_NUMBER = r"^(0|-?[1-9][0-9]{0,17})$"  # at most 18 digits: it fits int64
 TWICE = "is there more than once; drop or rename all but one"
 
 
@@ -21,6 +22,15 @@ def missing_columns(
         what = f"missing column{'s' * (len(missing) > 1)} {', '.join(missing)} (it has {show(present, 12)})"
         problems.append(f"{where}: {what}; add or rename, {needed or ', '.join(required)} are required")
     return missing
+
+
+def whole_numbers(column: pa.Array | pa.ChunkedArray) -> Any:
+    """Which strings are integers of 64 bits, as such are written. Of 19 digits the order of the words tells."""
+    short = pc.match_substring_regex(column, r"^(0|-?[1-9][0-9]{0,17})$")
+    for sign, largest in (("", "9223372036854775807"), ("-", "-9223372036854775808")):
+        long = pc.match_substring_regex(column, f"^{sign}[1-9][0-9]{{18}}$")
+        short = pc.or_(short, pc.and_(long, pc.less_equal(column, largest)))
+    return short
 
 
 def plain(column: pa.Array) -> pa.Array:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from talk_dist.data.columns import TWICE, WHOLE_NUMBER, is_text, missing_columns, plain
+from talk_dist.data.columns import TWICE, is_text, missing_columns, plain, whole_numbers
 from talk_dist.data.splits import show
 from talk_dist.data.tables import EDGE_COLUMNS, Table
 from talk_dist.errors import DataError
@@ -54,7 +54,7 @@ def read_edges(table: Table | None, node_id: pa.Array | None, problems: list[str
 def _find(column: pa.ChunkedArray, node_id: pa.Array, untyped: bool, where: str, lost: Counter[Any]) -> np.ndarray:
     """Node rows of ``column``, ids that no node has counted in ``lost``. Raises DataError for ids of another type."""
     if untyped and pa.types.is_integer(node_id.type):
-        wanted = pc.if_else(pc.match_substring_regex(column, WHOLE_NUMBER), column, None).cast(pa.int64())
+        wanted = pc.if_else(whole_numbers(column), column, None).cast(pa.int64())
     elif is_text(column.type) if is_text(node_id.type) else pa.types.is_integer(column.type):
         try:
             wanted = column.cast(node_id.type)

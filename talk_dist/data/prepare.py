@@ -55,8 +55,10 @@ def prepare(
     """
     _check_settings(parts, method, halo_hops)
     check_ratios(ratios)
-    if _is_given(source):
+    if _is_given(source) or given.given_width(encoder) is not None:
         graph = validate(source, use_split_column)
+        if graph.width is None:
+            load_tokenizer(encoder)  # raises: it reads no texts
         encoder, max_tokens = _given_encoder(encoder, graph.width or 0), 1
         tokenizer = load_tokenizer(encoder)
     else:

@@ -57,6 +57,25 @@ def exists(uri: str | os.PathLike[str]) -> bool:
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
+def check_writable(folder: str) -> None:
+    """Raises OSError unless files can be made in ``folder``, which is made if it is not there."""
+    filesystem, path = resolve(folder)
+    probe = join(path, f".writable-{uuid.uuid4().hex[:8]}")
+    filesystem.create_dir(path, recursive=True)
+    filesystem.open_output_stream(probe).close()
+    filesystem.delete_file(probe)
+
+
+def stamp(uri: str) -> list[list[Any]] | None:
+    """Name, size and time of the file at ``uri``, or of every file of that folder; None if nothing is there."""
+    filesystem, path = resolve(uri)
+    found = filesystem.get_file_info(path)
+    if found.type == pafs.FileType.NotFound:
+        return None
+    files = filesystem.get_file_info(pafs.FileSelector(path)) if found.type == pafs.FileType.Directory else [found]
+    return sorted([file.base_name, file.size, file.mtime_ns] for file in files if file.is_file)
+
+
 def local_path(uri: str | os.PathLike[str]) -> str | None:
     """Where ``uri`` lies on this machine; None on another file system."""
     filesystem, path = resolve(uri)

@@ -1,4 +1,4 @@
-"""Node and edge tables, read as streams: Parquet and CSV on any ``pyarrow.fs`` path, PyG, OGB, tables in memory.
+"""Node and edge tables, read as streams: Parquet and CSV on any ``pyarrow.fs`` path, OGB, tables in memory.
 
 A node table has the columns ``node_id``, ``text`` (or ``encoding``), ``label`` and, optionally, ``split`` and
 ``label_name``; an edge table has ``src`` and ``dst``. Nothing is checked here beyond what it takes to read: see
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,10 +75,10 @@ def open_tables(nodes: str | os.PathLike[str], edges: str | os.PathLike[str] | N
 
 def from_arrow(nodes: pa.Table, edges: pa.Table | None, name: str = "tables in memory") -> Source:
     """Tables in memory."""
-    return Source(name, _in_memory(nodes, "nodes table"), None if edges is None else _in_memory(edges, "edges table"))
+    return Source(name, in_memory(nodes, "nodes table"), None if edges is None else in_memory(edges, "edges table"))
 
 
-def _in_memory(table: pa.Table, where: str) -> Table:
+def in_memory(table: pa.Table, where: str) -> Table:
     def batches(wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
         return iter(table.select(list(wanted)).to_batches(max_chunksize=BATCH_ROWS))
 
@@ -93,7 +92,12 @@ def _open(uri: str) -> Table:
         untyped = False
 
     def columns() -> list[str]:
-        names = [_columns(file) for file in _files(uri)]
+        files = _files(uri)
+        names = [_columns(file) for file in files]
+        for name in (*NODE_COLUMNS, *EDGE_COLUMNS):
+            lacking = [file for file, inside in zip(files, names, strict=True) if name not in inside]
+            if 0 < len(lacking) < len(files):
+                raise DataError(lacking[0], f"lacks the column {name} of other files there; give it to all or to none")
         return [name for name in names[0] if all(name in other for other in names)]
 
     def batches(wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -178,51 +182,6 @@ def _unreadable(uri: str, error: Exception) -> DataError:
     foreign = "UTF8" in reason or isinstance(error, UnicodeDecodeError)
     remedy = "save it in UTF-8" if foreign else "it is cut short or damaged: copy or write it again"
     return DataError(uri, f"cannot be read ({reason}); {remedy}")
-
-
-def from_pyg(data: Any, name: str = "data") -> Source:
-    """A PyG ``Data`` with ``text`` or ``raw_texts`` (a list), ``y``, ``edge_index`` and, if any, ``train_mask`` & co.
-
-    Nodes get the ids 0..N-1. Raises DataError for attributes that are missing or do not fit together.
-    """
-    where = f"{name} (PyG Data)"
-    masks = {split: f"{split}_mask" for split in SPLITS}
-    texts = next((value for key in ("text", "raw_texts") if (value := getattr(data, key, None)) is not None), None)
-    tensors = {key: getattr(data, key, None) for key in ("edge_index", "y", *masks.values())}
-    arrays = {key: value.detach().cpu().numpy() for key, value in tensors.items() if value is not None}
-    problems = []
-    if texts is None:
-        problems.append("attribute text: missing; set data.text to a list of strings, one a node")
-    if "y" not in arrays:
-        problems.append("attribute y: missing; set data.y to one class a node (-1 = unlabelled)")
-    if "edge_index" not in arrays and getattr(data, "adj_t", None) is not None:
-        problems.append("attribute edge_index: missing, there is only adj_t; set data.edge_index")
-    edge_index = arrays.pop("edge_index", None)
-    for key, value in arrays.items():
-        if value.ndim != 1 and value.shape[1:] != (1,):
-            problems.append(f"attribute {key}: has shape {value.shape}; choose one column of it")
-        elif texts is not None and len(value) != len(texts):
-            problems.append(f"attribute {key}: has {len(value)} rows for {len(texts)} texts; give one a node")
-        arrays[key] = value.reshape(-1)
-    if texts is None or problems:
-        raise DataError(where, problems)
-    label = np.nan_to_num(arrays["y"], nan=-1)
-    columns = {"node_id": pa.array(np.arange(len(texts))), "label": pa.array(np.where(label < 0, -1, label))}
-    members = {split: np.flatnonzero(arrays[key]) for split, key in masks.items() if key in arrays}
-    if members:
-        columns["split"] = split_column(len(texts), members)
-
-    def batches(wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        for begin in range(0, len(texts), BATCH_ROWS):
-            batch = {key: column.slice(begin, BATCH_ROWS) for key, column in columns.items()}
-            batch["text"] = pa.array(list(texts[begin : begin + BATCH_ROWS]), pa.string())
-            yield pa.record_batch({key: batch[key] for key in wanted})
-
-    edges = None
-    if edge_index is not None:
-        edges = _in_memory(pa.table({"src": edge_index[0], "dst": edge_index[1]}), f"{where}, edge_index")
-    nodes = Table(where, lambda: [*columns, "text"], batches)
-    return Source(name, nodes, edges, overlap_problems(f"{where}, masks", members))
 
 
 _OGB_TEXT = ("paper", "title", "abstract")

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from talk_dist.data import given
-from talk_dist.data.columns import TWICE, WHOLE_NUMBER, is_text, missing_columns, plain
+from talk_dist.data.columns import TWICE, is_text, missing_columns, plain, whole_numbers
 from talk_dist.data.edges import read_edges
 from talk_dist.data.splits import absent_problems, read_split, show
 from talk_dist.data.tables import NODE_COLUMNS, Source, Table
 from talk_dist.errors import DataError
 
 REQUIRED = ("node_id", "text", "label")
-WRITTEN_NUMBER = WHOLE_NUMBER.replace("$", r"(\.0+)?$")  # as pandas writes integers of a column that has holes
+WRITTEN_NUMBER = r"^(0|-?[1-9][0-9]{0,17})(\.0+)?$"  # as pandas writes integers of a column that has holes
 NEEDED = f"node_id, text (or {given.COLUMN}, in Parquet), label"
 
 
@@ -165,9 +165,10 @@ class _NodeScan:
     def _add_labels(self, column: pa.Array) -> None:
         kind = column.type
         if is_text(kind):
-            encoded = column.dictionary_encode()
+            encoded, names = column.dictionary_encode(), self.names
             values = [
-                -1 if v == "" else self.names.setdefault(v, len(self.names)) for v in encoded.dictionary.to_pylist()
+                -1 if name in ("", "-1") else names.setdefault(name, len(names))
+                for name in encoded.dictionary.to_pylist()
             ]
             codes = np.array([*values, -1], dtype=np.int64)[encoded.indices.fill_null(len(values)).to_numpy()]
             self.label_kinds.add("strings")
@@ -192,7 +193,7 @@ class _NodeScan:
     def node_ids(self, problems: list[str]) -> pa.Array:
         """(N,) int64 or large_string."""
         node_id = pa.concat_arrays(self.ids)
-        if self.table.untyped and pc.all(pc.match_substring_regex(node_id, WHOLE_NUMBER)).as_py():
+        if self.table.untyped and pc.all(whole_numbers(node_id)).as_py():
             node_id = node_id.cast(pa.int64())
         if _repeats(node_id):
             counts = pc.value_counts(node_id)

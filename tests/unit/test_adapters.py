@@ -16,7 +16,8 @@ from test_bad_tables import GOOD_NODES, csv, message_of, parquet
 from torch_geometric.data import Data
 
 from talk_dist.data.prepare import prepare
-from talk_dist.data.tables import from_arrow, from_ogb, from_pyg
+from talk_dist.data.pyg import from_pyg
+from talk_dist.data.tables import from_arrow, from_ogb
 from talk_dist.data.validate import validate
 from talk_dist.errors import DataError
 
@@ -42,6 +43,13 @@ def pyg(**changed: Any) -> Data:
         ({"y": torch.zeros(6, 3)}, ["attribute y", "(6, 3)", "choose one column"]),
         ({"train_mask": torch.ones(6, 10, dtype=torch.bool)}, ["attribute train_mask", "(6, 10)", "choose one"]),
         ({"text": ["a", "b"]}, ["attribute y", "6 rows for 2 texts"]),
+        ({"text": [1] * 6}, ["attribute text: has int", "make it strings"]),
+        ({"y": [0, 1, 2, 0, 1, 2]}, ["attribute y: is list", "make it a tensor"]),
+        (
+            {"edge_index": torch.tensor([[0, 2], [1, 3], [2, 4]])},
+            ["edge_index: has shape (3, 2)", "(2, number of edges)"],
+        ),
+        ({"edge_index": torch.tensor([0, 2])}, ["edge_index: has shape (2,)", "make it (2, number of edges)"]),
         ({"val_mask": torch.ones(6, dtype=torch.bool)}, ["masks", "3 nodes", "train and val", "0, 1, 2", "one split"]),
     ],
 )

@@ -251,7 +251,11 @@ def test_folder_whose_files_disagree(tmp_path: Path) -> None:
     message = message_of(open_tables(tmp_path / "nodes", None))
     assert "column node_id: is integers in one file and strings in another" in message
     pq.write_table(pa.table(without("text")), tmp_path / "nodes" / "b.parquet")
-    assert "missing column text" in message_of(open_tables(tmp_path / "nodes", None))
+    assert "b.parquet: lacks the column text of other files there" in message_of(open_tables(tmp_path / "nodes", None))
+    for name in ("a", "b"):
+        columns = GOOD_NODES if name == "a" else without("split")
+        pq.write_table(pa.table(columns), tmp_path / "nodes" / f"{name}.parquet")
+    assert "b.parquet: lacks the column split of other files there" in message_of(open_tables(tmp_path / "nodes", None))
 
 
 def test_table_without_rows(tmp_path: Path) -> None:

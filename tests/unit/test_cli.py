@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -201,6 +202,32 @@ def test_an_artifact_is_evaluated_wherever_one_is(tags, encoder_folder, told, tm
     assert not scratch.exists()
 
 
+def test_a_table_that_cannot_be_kept_is_printed_all_the_same(finished, tags, told, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    SyntheticTAG.from_pretrained(finished / "synthetic").save_pretrained(copy)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(copy))
+
+    line = ["evaluate", copy, *flat({"data": tags[2].path, "seeds": 1, "against": "random", "recipe.passes": 3})]
+    with monkeypatch.context() as patched:
+        patched.setattr(SyntheticTAG, "save_pretrained", refuse)
+        out, err = told(*line, code=2)
+    assert "| random |" in out
+    assert "Permission denied" in err
+    assert "change its permissions, or choose another folder" in err
+    monkeypatch.setattr("talk_dist.data.storage.check_writable", refuse)
+    monkeypatch.setattr(runs, "evaluate", lambda *_: pytest.fail("trained first"))
+    assert "Permission denied" in told(*line, code=2)[1]
+
+
+def test_inspect_refuses_texts_of_another_graph(finished, tags, told):
+    _, err = told("inspect", finished, "--data", tags[7].path, code=2)
+    assert "was made from" in err
+    assert "give that graph" in err
+    assert "--force" not in err
+
+
 def test_export(finished, told, tmp_path):
     told("export", finished, "--out", tmp_path / "a.pt", "--encodings", "true")
     data = Data.from_dict(torch.load(tmp_path / "a.pt", weights_only=True))
@@ -229,6 +256,9 @@ def test_the_embedded_graph_is_prepared_once(graph, encoder_folder, told, tmp_pa
         told(*arguments, "--outer.lr", "0.1", "--resume", "never")
         assert len(built) == 1
         deeper = ["--kernel.hops", "3", "--kernel.architecture", "gcn"]  # needs a deeper halo
+        _, err = told(*arguments, *deeper, code=2)
+        assert "holds a run on another graph" in err
+        assert "going on with what" in told(*arguments, "--outer.lr", "0.1")[0]  # what was refused left it as it was
         told(*arguments, *deeper, "--resume", "never")
         monkeypatch.setattr(runs, "api_name", lambda: "python-api-4")
         told(*arguments, "--resume", "never")  # another Python

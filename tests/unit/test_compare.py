@@ -199,6 +199,9 @@ def test_all_that_is_wrong_is_told_before_anything_runs(plan, told, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
+        ({"sizes": [1.5]}, "sizes = (1.5,): must be fractions below 1, or whole numbers of nodes"),
+        ({"data": {"a-b": {"prepared": "x"}, "a_b": {"prepared": "y"}}}, "data: a-b, a_b would share a folder"),
+        ({"methods": {key: {"coreset": "random"} for key in ("m 1", "m-1")}}, "methods: m 1, m-1 would share a folder"),
         ({"sizes": 0.01}, "sizes = 0.01: must be a list such as a,b, each a number"),
         ({"splits": 3}, "splits = 3: must be a list"),
         ({"seeds": [3]}, "seeds = [3]: must be a whole number"),
@@ -244,6 +247,21 @@ def test_a_plan_that_names_another_graph_is_not_given_the_old_ones_rows(plan, to
     assert "made with other settings (data hash" in compared(nodes="a", max_tokens=3, code=2)
     compared(nodes="a")
     assert rows_in(tmp_path / "out") == before
+    (tmp_path / "a.parquet").rename(tmp_path / "c.parquet")
+    compared(nodes="a")  # tables that are gone are as they were
+    pq.write_table(pq.read_table(tmp_path / "b.parquet"), tmp_path / "a.parquet")
+    assert "made with other settings (data hash" in compared(nodes="a", code=2)
+
+
+def test_what_cannot_be_made_is_told_before_the_first_training(plan, told, tags, tmp_path):
+    sizes = {"sizes": [6, 0.01, 2], "methods": {"medoid": {"coreset": "medoid"}}}
+    _, err = told("compare", plan(**sizes), "--out", tmp_path / "out", code=2)
+    for size, nodes in (("0.01", 1), ("2", 2)):
+        assert f"toy, medoid, size {size}: synthetic.size gives {nodes} nodes for 3 classes" in err
+    missing = {"toy": {"prepared": tags[2].path}, "other": {"nodes": str(tmp_path / "no.parquet"), "max_tokens": 9}}
+    _, err = told("compare", plan(data=missing), "--out", tmp_path / "out", code=2)
+    assert "no.parquet: no such file or folder" in err
+    assert not (tmp_path / "out" / "rows").exists()
 
 
 def test_a_plan_of_two_encoders_is_refused(plan, other_encoder_folder):

@@ -21,6 +21,7 @@ from talk_dist.data.prepare import prepare
 from talk_dist.data.tables import Source, Table, from_arrow, open_tables
 from talk_dist.data.tag import SPLITS, Partition, PreparedTag
 from talk_dist.data.validate import validate
+from talk_dist.errors import DataError
 
 Tables = tuple[pa.Table, pa.Table]
 
@@ -212,6 +213,34 @@ def test_labels_of_a_csv_written_as_pandas_writes_a_column_with_holes(tmp_path: 
     graph = validate(from_arrow(table.append_column("label_name", pa.array(["ash", "elm", "oak", ""])), None))
     assert graph.classes == ["ash", "elm"]
     assert graph.label.tolist() == [0, 1, -1, -1]
+
+
+def test_minus_one_is_no_class_among_names_either(tmp_path: Path) -> None:
+    label = ["ash", "-1", "elm", ""]
+    table = pa.table({"node_id": range(4), "text": list("abcd"), "label": label})
+    pacsv.write_csv(table, tmp_path / "nodes.csv")
+    for source in (from_arrow(table, None), open_tables(tmp_path / "nodes.csv", None)):
+        graph = validate(source)
+        assert graph.classes == ["ash", "elm"]
+        assert graph.label.tolist() == [0, -1, 1, -1]
+
+
+def test_edges_of_a_csv_find_integers_of_nineteen_digits(tmp_path: Path) -> None:
+    """All that fit 64 bits: other systems' ids have as many. What does not fit is no id."""
+    ids = [1_700_000_000_000_000_000, 2**63 - 1, -(2**63), -9_000_000_000_000_000_001, 7]
+    nodes = pa.table({"node_id": ids, "text": list("abcde"), "label": [0, 1, 0, 1, 0]})
+    pq.write_table(nodes, tmp_path / "nodes.parquet")
+    pacsv.write_csv(pa.table({"src": ids[:4], "dst": ids[1:]}), tmp_path / "edges.csv")
+    graph = validate(open_tables(tmp_path / "nodes.parquet", tmp_path / "edges.csv"))
+    assert (graph.src.tolist(), graph.dst.tolist()) == ([0, 1, 2, 3], [1, 2, 3, 4])
+    pacsv.write_csv(nodes, tmp_path / "nodes.csv")
+    pq.write_table(pa.table({"src": ids[:4], "dst": ids[1:]}), tmp_path / "edges.parquet")
+    graph = validate(open_tables(tmp_path / "nodes.csv", tmp_path / "edges.parquet"))
+    assert graph.node_id.to_pylist() == ids
+    beyond = "src,dst\n9223372036854775808,7\n-9223372036854775809,7\n"
+    (tmp_path / "edges.csv").write_text(beyond)
+    with pytest.raises(DataError, match="2 edges end at 2 ids that no node has"):
+        validate(open_tables(tmp_path / "nodes.parquet", tmp_path / "edges.csv"))
 
 
 def test_split_column_is_used_unless_unwanted_or_blank(tmp_path: Path, tables: Tables) -> None:
