@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 from ray_head import ROOT, TOKEN, free_ports, started, without_ray
 
 from cluster import session
@@ -141,6 +142,30 @@ def test_gpus_of_workers_and_of_other_runs_are_not_given_twice(monkeypatch, work
     found = RaySession(config, ExitStack()).allotment(SimpleNamespace(num_parts=4), lambda parts: 1, runs)
     assert (len(found.parts), found.gpus) == (actors, gpus)
     assert nodes[0]["Resources"] == {"CPU": 8.0, "GPU": 1.0}
+
+
+def test_a_cluster_that_starts_workers_when_asked_says_what_it_cannot_know(monkeypatch, capsys):
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 0.0}}])
+
+    def allotted(**cluster):
+        config = DistillConfig(cluster=ClusterConfig(**cluster))
+        return RaySession(config, ExitStack()).allotment(SimpleNamespace(num_parts=4), lambda parts: 1)
+
+    assert (allotted().cpus, allotted().gpus) == (1, 0)
+    assert "say what your nodes have with --cluster.cpus and --cluster.gpus" in capsys.readouterr().err
+    assert (allotted(cpus=8, gpus=1).cpus, allotted(cpus=8, gpus=1).gpus) == (8, 1)
+    assert not capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_has_its_threads_on_its_share_of_the_cores(one_ray, tags, make_encoder):
+    session = RaySession(DistillConfig(cluster=ClusterConfig(actors=2, cpus=1)), ExitStack())
+    pool = session.pool(tags[2], make_encoder(), lambda parts: 100 << 20, threads=3)
+    try:
+        assert (pool._crew.allotment.cpus, pool._crew.allotment.threads) == (1, 3)
+        assert torch.get_num_threads() == 3
+    finally:
+        session.stack.close()
+        torch.set_num_threads(1)
 
 
 def test_encoder_workers_and_shards_share_the_room(one_ray, tags, make_encoder):
