@@ -1,6 +1,6 @@
 """A graph of 158,654 nodes on two actors of one machine: memory, seconds by phase, bytes moved.
 
-    python benchmarks/large.py DATA/msdocs --out benchmarks/results/msdocs.md
+    python benchmarks/large.py DATA/msdocs --out benchmarks/results/large.md
 
 Prepared in 8 parts, texts cut to 32 tokens; then encoding, a start from medoids, and one outer epoch of 3 steps, by
 `talk-dist distill` in fresh processes. A random encoder of MiniLM's width with few layers stands in for MiniLM.
@@ -99,7 +99,7 @@ def main() -> None:
             arguments.out,
             f"{arguments.data.name}: {tag.num_nodes:,} nodes on {arguments.actors} actors of one machine",
             [facts, memory, sums, times, f"Settings: `{SETTINGS} --synthetic.size {arguments.size}`, seed 0."],
-            f"python benchmarks/large.py DATA/{arguments.data.name} --out benchmarks/results/msdocs.md",
+            f"python benchmarks/large.py DATA/{arguments.data.name} --out benchmarks/results/large.md",
         )
 
 
