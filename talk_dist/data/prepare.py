@@ -58,7 +58,7 @@ def prepare(
     if _is_given(source) or given.given_width(encoder) is not None:
         graph = validate(source, use_split_column)
         if graph.width is None:
-            load_tokenizer(encoder)  # raises: it reads no texts
+            load_tokenizer(encoder).encode([], max_tokens)  # raises: it reads no texts
         encoder, max_tokens = _given_encoder(encoder, graph.width or 0), 1
         tokenizer = load_tokenizer(encoder)
     else:
