@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -79,9 +80,7 @@ def encoded_set(
     krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
 
     def train(student: Student, seed: int, progress: Progress) -> None:
-        def validated(trained: Student) -> float:
-            return student_accuracy(pool, trained, "val")
-
+        validated = partial(student_accuracy, pool, split="val")
         fit_encodings(student, h_s, tag.labels, recipe, seed=seed, select=validated, progress=progress)
 
     return TrainingSet(name, len(tag), tag.num_bytes(), train, krr)

@@ -153,8 +153,7 @@ class Inspect:
     def _neighbours(self, synthetic: SyntheticTAG, path: str, tag: PreparedTag) -> list[list[Neighbour]]:
         """As the frozen encoder sees both: its encodings of the graph are usually known."""
         config, problems = preflight.distilled_with(synthetic, path), preflight.Problems()
-        problems.attempt(lambda: preflight.check_origin(synthetic, path, tag))
-        problems.done()
+        preflight.check_origin(synthetic, path, tag)
         config = replace(config, encoder=replace(config.encoder, adapters=False))
         preflight.check_tag(tag, config, ("train",), problems)
         encoder = load_encoder(config.encoder)

@@ -151,11 +151,11 @@ class Evaluate:
 
     def run(self, call: Call, evaluation: EvaluateConfig) -> None:
         path = preflight.artifact_path(given(self.artifact, "an artifact"))
-        storage.check_writable(beside(path, ""))  # the table goes into the artifact, which is published anew
         near = beside(path, PREPARED)
         if not self.data and not storage.exists(near):
             raise ConfigError("--data: give the folder of the prepared graph that the artifact was made from")
         synthetic, tag = SyntheticTAG.from_pretrained(path), PreparedTag(self.data or near)
+        storage.check_writable(beside(path, ""))  # the table goes into the artifact, which is published anew
         config = preflight.distilled_with(synthetic, path)
         known = config.runtime.cache_folder
         config = replace(

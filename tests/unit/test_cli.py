@@ -216,6 +216,8 @@ def test_a_table_that_cannot_be_kept_is_printed_all_the_same(finished, tags, tol
     assert "| random |" in out
     assert "Permission denied" in err
     assert "change its permissions, or choose another folder" in err
+    told("evaluate", tmp_path / "typo" / "run", "--data", tags[2].path, code=2)
+    assert not (tmp_path / "typo").exists()
     monkeypatch.setattr("talk_dist.data.storage.check_writable", refuse)
     monkeypatch.setattr(runs, "evaluate", lambda *_: pytest.fail("trained first"))
     assert "Permission denied" in told(*line, code=2)[1]

@@ -292,7 +292,7 @@ def test_storage_that_cannot_be_written(command, store, monkeypatch, told):
         ("synthetic", "./p"),
         ("/synthetic", "/p"),
         ("s3://bucket/run/synthetic", "s3://bucket/run/p"),
-        ("file:///tmp/synthetic/", "file:///tmp/p"),
+        ("file:///data/synthetic/", "file:///data/p"),
     ],
 )
 def test_beside(path, there):
