@@ -59,7 +59,7 @@ def distilled(path: str, name: str, epochs: int) -> Found:
 def joint(path: str, epochs: int) -> Found:
     """Adapters and a GCN on all training nodes, as `evaluate` trains its reference."""
     torch.set_num_threads(1)
-    config, recipe = preset(), EvaluateConfig().full_recipe(preset().inner.gnn_lr)
+    config, recipe = preset(), EvaluateConfig().recipe
     tag, encoder = PreparedTag(path), TextEncoder(replace(config.encoder, adapters=True))
     watch, pool = Stopwatch(), LocalPool(tag, encoder, config.kernel, RUNTIME)
     pool.encode(encoder.adapters())

@@ -27,7 +27,6 @@ from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.coresets import allocate
 from talk_dist.training_sets import TrainingSet, coreset_tag, full_set, token_set
 
-FULL_PATIENCE = 10  # validations without a better one
 Against = Literal["full", "random", "herding", "kcenter", "medoid"]
 
 
@@ -41,16 +40,13 @@ class EvaluateConfig:
     """Students trained from so many seeds; the table shows mean ± standard deviation."""
     student: StudentConfig = field(default_factory=StudentConfig)
     """The student."""
-    recipe: InnerConfig = field(default_factory=lambda: InnerConfig(patience=50))
-    """How every student is trained, whatever it is trained on."""
+    recipe: InnerConfig = field(default_factory=lambda: InnerConfig(passes=1000, patience=1000, select_patience=10))
+    """How every student is trained, whatever it is trained on: until ten validations in a row are no better."""
     full_lr: tuple[float, ...] = (5e-3, 2e-2)
     """Learning rates among which the full training set has its own chosen, on validation nodes."""
     full_label_smoothing: tuple[float, ...] = (0.0, 0.1)
     """The same for the share of its labels that is spread over all classes, as `synthetic.label_smoothing` of small
     sets: on some graphs a reference without it is the weaker one."""
-    full_passes: int = 1000
-    """Passes over the full training set in the place of `recipe.passes`, which are enough for a small set; they end
-    after ten validations without a better one."""
     full_epochs: int = 4
     """With adapters: epochs of joint training on the full training set."""
 
@@ -65,14 +61,8 @@ class EvaluateConfig:
                 self.full_label_smoothing,
                 "shares in [0, 1)",
             ),
-            full_passes=(self.full_passes >= 1, self.full_passes, "at least 1"),
             full_epochs=(self.full_epochs >= 0, self.full_epochs, "not negative"),
         )
-
-    def full_recipe(self, rate: float) -> InnerConfig:
-        """`recipe` for the full training set, at this learning rate: on while validation rises."""
-        patient = {"patience": self.full_passes, "select_patience": FULL_PATIENCE}
-        return dataclasses.replace(self.recipe, gnn_lr=rate, passes=self.full_passes, **patient)
 
 
 @dataclass(frozen=True)
@@ -158,7 +148,7 @@ def reference(
 
     def everything(choice: tuple[float, float], epochs: int) -> TrainingSet:
         rate, share = choice
-        return full_set(whole, pool, encoder, config.full_recipe(rate), epochs, share)
+        return full_set(whole, pool, encoder, dataclasses.replace(config.recipe, gnn_lr=rate), epochs, share)
 
     def trained(choice: tuple[float, float], epochs: int) -> list[Trained]:
         encoder.reset_adapters(0)  # whatever was tried before

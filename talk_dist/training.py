@@ -38,6 +38,8 @@ class InnerConfig:
 
     passes: int = 200
     """At most so many passes."""
+    adapter_passes: int = 200
+    """At most so many of them with adapters, where each encodes the set."""
     gnn_lr: float = 5e-3
     """Learning rate of the student."""
     adapter_lr: float = 1e-4
@@ -59,7 +61,7 @@ class InnerConfig:
         check_types("inner", self)
         check(
             "inner",
-            **at_least(1, self, "passes", "patience", "select_every", "adapter_select_every"),
+            **at_least(1, self, "passes", "adapter_passes", "patience", "select_every", "adapter_select_every"),
             **at_least(0, self, "weight_decay", "select_patience"),
             **positive(self, "gnn_lr", "adapter_lr"),
         )

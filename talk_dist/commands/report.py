@@ -166,11 +166,11 @@ def evaluation(
             f", with adapters, which follow, every {recipe.adapter_select_every} passes (full: after each of "
             f"{config.full_epochs} epochs; on deepspeed.workers the lowest training loss counts instead)"
         )
+    until = f", until {recipe.select_patience} validations in a row are no better" if recipe.select_patience else ""
     how = (
         f"Mean ± standard deviation over {config.seeds} seeds. Every student is a {student.kind.upper()} of "
-        f"{student.depth} hops and width {student.hidden}, trained for at most {recipe.passes} passes at learning rate "
-        f"{recipe.gnn_lr:g} (full: {config.full_passes:,}, until validation no longer rises); {chosen}, the test nodes "
-        f"are scored once. {_chosen(rows)}Bytes: the "
+        f"{student.depth} hops and width {student.hidden}, trained for at most {recipe.passes:,} passes at learning "
+        f"rate {recipe.gnn_lr:g}{until}; {chosen}, the test nodes are scored once. {_chosen(rows)}Bytes: the "
         "synthetic set as stored, the token ids of a coreset, the texts of the full training set. KRR: the kernel "
         "predictor, without a student. Retention: relative to the full set."
     )

@@ -141,6 +141,7 @@ def train(
     """
     parameters = encoder.adapter_parameters() if encoder else {}
     every = config.adapter_select_every if encoder else config.select_every
+    passes = min(config.passes, config.adapter_passes) if encoder else config.passes
     for p in parameters.values():
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(
@@ -154,9 +155,9 @@ def train(
         best = _snapshot(student, encoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for index in range(1, config.passes + 1):
+        for index in range(1, passes + 1):
             if progress:
-                progress(index - 1, config.passes)
+                progress(index - 1, passes)
             student.train()
             optimizer.zero_grad()
             loss = float(step(index))
@@ -164,7 +165,7 @@ def train(
                 raise diverged(loss, index)
             stale = 0 if loss < best_loss else stale + 1
             best_loss = min(best_loss, loss)
-            last = stale >= config.patience or loss < config.target_loss or index == config.passes
+            last = stale >= config.patience or loss < config.target_loss or index == passes
             if select is None and loss <= best_loss:
                 best_value, best = -loss, _snapshot(student, encoder)
             optimizer.step()

@@ -106,8 +106,8 @@ def fit_full(
         return validated(current)
 
     steps = len(batches)
-    joint = dataclasses.replace(config, passes=steps, patience=steps, target_loss=0.0, select_patience=0)
-    joint = dataclasses.replace(joint, adapter_select_every=count)
+    joint = dataclasses.replace(config, passes=steps, adapter_passes=steps, patience=steps, target_loss=0.0)
+    joint = dataclasses.replace(joint, adapter_select_every=count, select_patience=0)
     found = first.selected
     return train(
         mini_batch, student, joint, encoder=encoder, seed=seed, select=refresh, selected=found, progress=progress

@@ -18,7 +18,7 @@ ELEMENT_FLOP = 250  # what an element of a kernel block costs a hop and layer be
 SOLVE_FLOP = 6000  # what an element of K_ss costs in double precision: its arc cosine, Cholesky's share, the gradient
 SEARCH_PASSES = 43  # of a step of the discrete inversion: candidates, the best together, a gradient
 LESSON = 2  # a teacher's passes, its candidates together, relative to those of a student of a small set
-FULL_PASSES = 250  # of the full training set, before validation no longer rises
+EVALUATED_PASSES = 250  # of a student that is evaluated, before validation no longer rises
 STEP_SECONDS = 2e-3  # a training step cannot be shorter
 
 
@@ -29,8 +29,6 @@ class Evaluation(Protocol):
     def against(self) -> tuple[Any, ...]: ...
     @property
     def seeds(self) -> int: ...
-    @property
-    def full_passes(self) -> int: ...
     @property
     def student(self) -> StudentConfig: ...
     @property
@@ -105,19 +103,18 @@ def work(
         flop["settle"] = 2 * config.synthetic.settle_passes * forward
     if evaluation is not None:
         small = 1 + sum(name != "full" for name in evaluation.against)
-        checks = evaluation.recipe.passes // evaluation.recipe.select_every + 1
-        one = evaluation.recipe.passes * (upper + student) + checks * scores
+        recipe = evaluation.recipe
+        passes = min(recipe.passes, EVALUATED_PASSES if recipe.select_patience else recipe.passes)
+        one = passes * student + (passes // recipe.select_every + 1) * scores
         choices = len(evaluation.full_lr) * len(evaluation.full_label_smoothing)
-        full_passes = min(evaluation.full_passes, FULL_PASSES)
-        whole = choices * (3 + 1 / evaluation.recipe.select_every) * full_passes * scores
+        whole = choices * (3 + 1 / recipe.select_every) * passes * scores
         if adapters:  # after the student on the encodings as they are
-            asked = evaluation.recipe.passes // evaluation.recipe.adapter_select_every + 1
-            one += evaluation.recipe.passes * student + (asked + 2) * again
+            joint = min(recipe.passes, recipe.adapter_passes)
+            one += joint * (upper + student) + (joint // recipe.adapter_select_every + 3) * again
             whole += evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again
         full = "full" in evaluation.against
         flop["evaluate"] = evaluation.seeds * (small * one + full * whole)
-        passes = small * evaluation.recipe.passes + full * choices * full_passes
-        steps["evaluate"] = evaluation.seeds * passes
+        steps["evaluate"] = evaluation.seeds * (small + full * choices) * passes
     return flop, steps
 
 

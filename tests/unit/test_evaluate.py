@@ -22,7 +22,7 @@ from talk_dist.runtime.full import WholeGraph, fit_full
 from talk_dist.runtime.outer import accuracy, macro_f1, student_accuracy
 from talk_dist.runtime.pool import LocalPool
 from talk_dist.synthetic.coresets import allocate
-from talk_dist.training_sets import coreset_tag, full_set
+from talk_dist.training_sets import coreset_tag, full_set, train_on
 
 CONFIG = DistillConfig(kernel=KernelConfig(precision="float64"))
 
@@ -31,7 +31,7 @@ def quick(**changes):
     recipe = InnerConfig(passes=20, gnn_lr=0.02, patience=20)
     student = StudentConfig(hidden=16, dropout=0.0)
     settings = {"seeds": 2, "recipe": recipe, "student": student, "full_lr": (0.02,), "full_label_smoothing": (0.1,)}
-    return EvaluateConfig(**(settings | {"full_epochs": 1, "full_passes": 20} | changes))
+    return EvaluateConfig(**(settings | {"full_epochs": 1} | changes))
 
 
 def a_coreset(pool, encoder, method="random"):
@@ -99,7 +99,7 @@ def test_an_epoch_of_the_joint_reference_has_every_training_node_once(make_encod
     seen.clear()
     monkeypatch.setattr(pool, "encode", lambda *_: False)  # it pads texts too
     student = Student(StudentConfig(hidden=16), encoder.width, len(pool.tag.classes), 0)
-    fit_full(encoder, student, pool, whole, quick().full_recipe(0.02), 3, seed=0)
+    fit_full(encoder, student, pool, whole, quick().recipe, 3, seed=0)
     count = -(-len(whole.train) // 4)
     assert len(seen) == 3 * count
     for epoch in range(3):
@@ -118,22 +118,27 @@ def test_a_graph_without_test_nodes_is_refused(make_encoder, make_pool, prepare_
         evaluate(pool, encoder, a_coreset(pool, encoder), CONFIG, quick())
 
 
-def test_the_reference_goes_on_while_validation_rises(make_encoder, make_pool, monkeypatch):
-    """Past the passes of a small set, up to `full_passes`; and ends after ten validations that are no better."""
+def test_training_goes_on_while_validation_rises(make_encoder, make_pool, monkeypatch):
+    """On every set alike: up to `recipe.passes`, and it ends after ten validations that are no better."""
     encoder = make_encoder()
     pool = make_pool(encoder, 1)
-    whole, looks = WholeGraph(pool.tag), []
+    pool.encode(encoder.adapters())
+    whole, small, looks = WholeGraph(pool.tag), a_coreset(pool, encoder), []
+    recipe = dataclasses.replace(EvaluateConfig().recipe, passes=30, patience=30, select_every=1)
+    settings = quick(seeds=1, full_epochs=0, recipe=recipe)
 
     def validation(worth):
         looks.append(worth(len(looks)))
         return looks[-1]
 
     for worth, passes in [(lambda look: look / 99, 30), (lambda look: 0.5, 11)]:
+        for place in ("runtime.full", "training_sets"):
+            monkeypatch.setattr(f"talk_dist.{place}.student_accuracy", lambda *_, worth=worth: validation(worth))
         looks.clear()
-        monkeypatch.setattr("talk_dist.runtime.full.student_accuracy", lambda *_, worth=worth: validation(worth))
-        settings = quick(seeds=1, full_passes=30, full_epochs=0)
-        recipe = dataclasses.replace(settings.recipe, select_every=1)
-        reference(whole, pool, encoder, dataclasses.replace(settings, recipe=recipe))
+        reference(whole, pool, encoder, settings)
+        assert len(looks) == passes
+        looks.clear()
+        train_on(small, Student(settings.student, encoder.width, 3, 0), pool, encoder, recipe, 0)
         assert len(looks) == passes
 
 

@@ -1,6 +1,7 @@
 """The inner loop: what `fit` trains, what it keeps, and what its result depends on."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,6 +105,13 @@ def test_adapters_help_beyond_the_student(adapted, make_encoder, synthetic):
         for encoder in (adapted, make_encoder())
     ]
     assert losses[0] < 0.9 * losses[1]
+
+
+def test_passes_with_adapters_have_a_limit_of_their_own(adapted, make_encoder, synthetic):
+    config = InnerConfig(passes=9, adapter_passes=4)
+    for encoder, passes in ((adapted, 4), (make_encoder(), 9)):
+        assert encoder.fit(Student(CALM, encoder.width, C, seed=0), *synthetic, config).passes == passes
+    assert adapted.fit(Student(CALM, adapted.width, C, seed=0), *synthetic, replace(config, passes=3)).passes == 3
 
 
 def test_the_best_pass_is_what_remains(adapted, synthetic):
