@@ -227,7 +227,7 @@ class EncoderWorker:
         best_loss, stale, index = float("inf"), 0, 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed + self.rank)
-            for index in range(1, config.passes + 1):
+            for index in range(1, config.joint_passes + 1):
                 student.train()
                 own.zero_grad()
                 loss, flows = self._one_pass(student, x, targets, mask, seed + index * len(x), batch)

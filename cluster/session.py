@@ -32,6 +32,7 @@ from talk_dist.errors import CapacityError, ConfigError, DataError
 from talk_dist.models.encoder import load_encoder
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback
+from talk_dist.runtime.estimate import Plan
 
 PACKAGES = ("torch", "transformers", "numpy", "ray")
 HERE = ("", "local")  # addresses that mean a Ray of our own
@@ -81,15 +82,13 @@ class RaySession:
         self.stack.callback(group.close)
         return group
 
-    def pool(
-        self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int], threads: int = 0
-    ) -> RayPool:
-        """The shards of ``tag`` in actors. ``memory``: bytes that an actor with these parts needs, for each;
-        ``threads``: of each where the settings leave them open, on whatever share of the cores.
+    def pool(self, tag: PreparedTag, encoder: Encoder, plan: Plan, threads: int = 0) -> RayPool:
+        """The shards of ``tag`` in actors. ``plan``: what an actor with some parts needs; ``threads``: of each where
+        the settings leave them open, on whatever share of the cores.
 
         Raises ConfigError or DataError if a node could not work for us, CapacityError if there is no room.
         """
-        config, allotment = self.config, self.allotment(tag, memory)
+        config, allotment = self.config, self.allotment(tag, plan)
         if threads and not config.runtime.threads:
             allotment = replace(allotment, threads=threads)
         settings = "lower cluster.actors, cluster.cpus, cluster.gpus or cluster.memory_gib"
@@ -100,7 +99,7 @@ class RaySession:
         self.stack.callback(pool.close)
         return pool
 
-    def allotment(self, tag: PreparedTag, memory: Callable[[Sequence[int]], int], runs: int = 1) -> Allotment:
+    def allotment(self, tag: PreparedTag, plan: Plan, runs: int = 1) -> Allotment:
         """What the shards of ``tag`` get where ``runs`` share the cluster."""
         nodes = [{"CPU": 0.0, "GPU": 0.0} | node["Resources"] for node in ray.nodes() if node["Alive"]]
         asked, cluster = self.config.deepspeed, self.config.cluster
@@ -113,6 +112,10 @@ class RaySession:
         for _ in range(asked.workers * runs):  # they have their share already
             richest = max(nodes, key=lambda node: (node["GPU"] if asked.gpus else 0, node["CPU"]))
             richest["CPU"], richest["GPU"] = richest["CPU"] - asked.cpus, richest["GPU"] - asked.gpus
+
+        def memory(parts: Sequence[int]) -> int:
+            return plan.actor(parts, asked.encode_texts).host
+
         return allot(tag.num_parts, nodes, self.config.runtime, cluster, memory, runs)
 
     def refuse_if_hopeless(self, asked: Sequence[dict[str, float]], what: str, remedy: str) -> None:

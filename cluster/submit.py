@@ -142,7 +142,9 @@ def validate(words: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise unknown_key(name, list(COMMANDS))
     command, *_ = read(COMMANDS[name], arguments)
-    for option in ("out", "data", "artifact", "path"):
+    if name == "export" and not command.out:
+        raise ConfigError("--out: a job's working directory is deleted after it; name a file that the nodes share")
+    for option in ("out", "data", "artifact", "path", "nodes", "edges", "ogb"):
         path = str(getattr(command, option, ""))
         if path and (option, path) != ("data", EMBEDDED) and "://" not in path and not path.startswith(("/", "~")):
             raise ConfigError(

@@ -117,27 +117,29 @@ def _mib(size: int) -> str:
 
 
 def rebased(arguments: Sequence[str], folder: Path, found: Mapping[str, int] | None) -> list[str]:
-    """``arguments`` with every --config as the job will find it: relative to ``folder``.
+    """``arguments`` with every file of settings as the job will find it: relative to ``folder``.
 
     Raises ConfigError if a file lies elsewhere or is left out of the upload.
     """
+    if arguments[:1] == ["compare"] and len(arguments) > 1 and not arguments[1].startswith("--"):
+        arguments = ["compare", "--plan", *arguments[1:]]
     words, out = iter(arguments), []
     for word in words:
         key, equals, value = word.partition("=")
-        if key != "--config":
+        if key not in ("--config", "--space", "--plan"):
             out.append(word)
             continue
         given = value if equals else next(words, "")
         path = Path(given).resolve()
         if not path.is_relative_to(folder):
             raise ConfigError(
-                f"--config {given}: lies outside of {folder}, which is what the cluster gets; "
+                f"{key} {given}: lies outside of {folder}, which is what the cluster gets; "
                 f"move the file into it, or give its folder as --working-dir"
             )
         inside = path.relative_to(folder).as_posix()
         if found is not None and inside not in found:
             raise ConfigError(
-                f"--config {given}: is left out of the upload (excludes, .gitignore or .rayignore); move it elsewhere"
+                f"{key} {given}: is left out of the upload (excludes, .gitignore or .rayignore); move it elsewhere"
             )
-        out += ["--config", inside]
+        out += [key, inside]
     return out

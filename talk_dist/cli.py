@@ -24,7 +24,8 @@ from talk_dist.runtime.callbacks import Stop
 from talk_dist.schema import unknown_key
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 COMMANDS = {
     command.name: command
     for command in (
@@ -84,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
         full = code in FULL or "No space left" in str(error)
-        if not full and code not in REFUSED:
+        if not full and code not in (*REFUSED, *IN_THE_WAY):
             raise
-        first = "make room" if full else "change its permissions"
+        first = "make room" if full else "change its permissions" if code in REFUSED else "move it away"
         advice = f"{first}, or choose another folder, and run the command again"
         print(f"talk-dist {name}: {error}; what was published before is whole: {advice}", file=sys.stderr)
     return 2

@@ -10,11 +10,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
+from talk_dist.config import DistillConfig
 from talk_dist.errors import DataError
 from talk_dist.models.gnn import Student
 from talk_dist.models.protocol import Adapters, Encoder, Report
@@ -22,47 +22,10 @@ from talk_dist.runtime.boundary import StudentState
 from talk_dist.runtime.full import WholeGraph
 from talk_dist.runtime.outer import accuracy, macro_f1, student_accuracy
 from talk_dist.runtime.pool import ShardPool
-from talk_dist.schema import check, check_types
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.coresets import allocate
+from talk_dist.training import EvaluateConfig
 from talk_dist.training_sets import TrainingSet, coreset_tag, full_set, token_set
-
-Against = Literal["full", "random", "herding", "kcenter", "medoid"]
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """How students are trained and compared."""
-
-    against: tuple[Against, ...] = ("full", "random", "herding", "kcenter", "medoid")
-    """The full training set and coresets of the same size."""
-    seeds: int = 5
-    """Students trained from so many seeds; the table shows mean ± standard deviation."""
-    student: StudentConfig = field(default_factory=StudentConfig)
-    """The student."""
-    recipe: InnerConfig = field(default_factory=lambda: InnerConfig(passes=1000, patience=1000, select_patience=10))
-    """How every student is trained, whatever it is trained on: until ten validations in a row are no better."""
-    full_lr: tuple[float, ...] = (5e-3, 2e-2)
-    """Learning rates among which the full training set has its own chosen, on validation nodes."""
-    full_label_smoothing: tuple[float, ...] = (0.0, 0.1)
-    """The same for the share of its labels that is spread over all classes, as `synthetic.label_smoothing` of small
-    sets: on some graphs a reference without it is the weaker one."""
-    full_epochs: int = 4
-    """With adapters: epochs of joint training on the full training set."""
-
-    def __post_init__(self) -> None:
-        check_types("evaluation", self)
-        check(
-            "evaluation",
-            seeds=(self.seeds >= 1, self.seeds, "at least 1"),
-            full_lr=(bool(self.full_lr) and min(self.full_lr) > 0, self.full_lr, "learning rates above 0"),
-            full_label_smoothing=(
-                bool(self.full_label_smoothing) and all(0 <= share < 1 for share in self.full_label_smoothing),
-                self.full_label_smoothing,
-                "shares in [0, 1)",
-            ),
-            full_epochs=(self.full_epochs >= 0, self.full_epochs, "not negative"),
-        )
 
 
 @dataclass(frozen=True)

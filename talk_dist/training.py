@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from talk_dist.schema import at_least, check, check_types, positive
@@ -38,8 +38,8 @@ class InnerConfig:
 
     passes: int = 200
     """At most so many passes."""
-    adapter_passes: int = 200
-    """At most so many of them with adapters, where each encodes the set."""
+    adapter_passes: int = 0
+    """At most so many of them with adapters, where each encodes the set (0: as many)."""
     gnn_lr: float = 5e-3
     """Learning rate of the student."""
     adapter_lr: float = 1e-4
@@ -61,7 +61,52 @@ class InnerConfig:
         check_types("inner", self)
         check(
             "inner",
-            **at_least(1, self, "passes", "adapter_passes", "patience", "select_every", "adapter_select_every"),
-            **at_least(0, self, "weight_decay", "select_patience"),
+            **at_least(1, self, "passes", "patience", "select_every", "adapter_select_every"),
+            **at_least(0, self, "adapter_passes", "weight_decay", "select_patience"),
             **positive(self, "gnn_lr", "adapter_lr"),
+        )
+
+    @property
+    def joint_passes(self) -> int:
+        """At most so many passes where adapters are trained."""
+        return min(self.passes, self.adapter_passes or self.passes)
+
+
+Against = Literal["full", "random", "herding", "kcenter", "medoid"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How students are trained and compared."""
+
+    against: tuple[Against, ...] = ("full", "random", "herding", "kcenter", "medoid")
+    """The full training set and coresets of the same size."""
+    seeds: int = 5
+    """Students trained from so many seeds; the table shows mean ± standard deviation."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    """The student."""
+    recipe: InnerConfig = field(
+        default_factory=lambda: InnerConfig(passes=1000, adapter_passes=200, patience=1000, select_patience=10)
+    )
+    """How every student is trained, whatever it is trained on: until ten validations in a row are no better."""
+    full_lr: tuple[float, ...] = (5e-3, 2e-2)
+    """Learning rates among which the full training set has its own chosen, on validation nodes."""
+    full_label_smoothing: tuple[float, ...] = (0.0, 0.1)
+    """The same for the share of its labels that is spread over all classes, as `synthetic.label_smoothing` of small
+    sets: on some graphs a reference without it is the weaker one."""
+    full_epochs: int = 4
+    """With adapters: epochs of joint training on the full training set."""
+
+    def __post_init__(self) -> None:
+        check_types("evaluation", self)
+        check(
+            "evaluation",
+            seeds=(self.seeds >= 1, self.seeds, "at least 1"),
+            full_lr=(bool(self.full_lr) and min(self.full_lr) > 0, self.full_lr, "learning rates above 0"),
+            full_label_smoothing=(
+                bool(self.full_label_smoothing) and all(0 <= share < 1 for share in self.full_label_smoothing),
+                self.full_label_smoothing,
+                "shares in [0, 1)",
+            ),
+            full_epochs=(self.full_epochs >= 0, self.full_epochs, "not negative"),
         )

@@ -100,9 +100,8 @@ def run_trial(spec: TrialSpec, report: Report) -> dict[str, Any]:
         preflight.check_encoder(encoder, config.synthetic.tokens, tag, problems)
         problems.done()
         plan = preflight.planned(tag, config, None)
-        path, lends = storage.join(spec.folder, "checkpoint.safetensors"), config.deepspeed.encode_texts
-        threads = Checkpoint(path, {}).threads
-        pool = where.pool(tag, encoder, lambda parts: plan.actor(parts, lends).host, threads)
+        path = storage.join(spec.folder, "checkpoint.safetensors")
+        pool = where.pool(tag, encoder, plan, Checkpoint(path, {}).threads)
         if spec.ladder and "kernel.ridge" not in spec.point:
             ridge = choose_ridge(pool, encoder, config, spec.ladder)
             config = dataclasses.replace(config, kernel=dataclasses.replace(config.kernel, ridge=ridge))

@@ -83,8 +83,7 @@ def reserved(
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         own |= {"CPU": cpus or float(equal_share(nodes, trials, gpus)), "memory": float(plan.whole().host)}
     else:
-        lends = base.deepspeed.encode_texts
-        allotment = session.allotment(tag, lambda parts: plan.actor(parts, lends).host, trials)
+        allotment = session.allotment(tag, plan, trials)
         cluster = dataclasses.replace(
             base.cluster,
             actors=len(allotment.parts),
@@ -238,12 +237,12 @@ class _Watch(tune.Callback):
             return
         self.since = min(self.since, now)
         waited = now - self.since
-        if waited >= self.wait_seconds:
-            message = f"{shortage(self.bundles, 'a trial')}; waited {self.wait_seconds:.0f} s"
+        if waited >= self.QUIET + self.wait_seconds:
+            message = f"{shortage(self.bundles, 'a trial')}; waited {waited:.0f} s"
             raise CapacityError(f"{message}. What is finished is kept: --resume goes on with it")
         if waited >= self.QUIET and now - self.told >= TOLD_EVERY:
             self.told = now
-            left = self.wait_seconds - waited
+            left = self.QUIET + self.wait_seconds - waited
             print(f"{shortage(self.bundles, 'a trial')}; waiting {left:.0f} s more", file=sys.stderr)
 
 

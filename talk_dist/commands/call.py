@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from talk_dist.data.storage import without_secrets
 from talk_dist.errors import ConfigError
 from talk_dist.runtime.callbacks import Stop
 
@@ -25,7 +26,8 @@ class Call:
 
     @property
     def command(self) -> str:
-        return shlex.join(["talk-dist", *self.arguments])
+        """The call as it may be written down."""
+        return shlex.join(["talk-dist", *map(without_secrets, self.arguments)])
 
     def lap(self, name: str) -> None:
         now = time.monotonic()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
+
+import torch
 
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag
@@ -13,6 +15,7 @@ from talk_dist.errors import ConfigError
 from talk_dist.models.encoder import load_encoder
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback
+from talk_dist.runtime.estimate import Plan
 from talk_dist.runtime.pool import LocalPool, ShardPool
 
 
@@ -24,10 +27,8 @@ class Place(Protocol):
         """Who else wants to hear of the run."""
 
     def encoder(self) -> Encoder: ...
-    def pool(
-        self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int], threads: int = 0
-    ) -> ShardPool:
-        """``memory``: bytes that a process with these parts needs; ``threads``: of every process, where the settings
+    def pool(self, tag: PreparedTag, encoder: Encoder, plan: Plan, threads: int = 0) -> ShardPool:
+        """``plan``: what a process with some parts needs; ``threads``: of every process, where the settings
         leave them open (a run that goes on has as many as before; 0: as the machine has)."""
 
 
@@ -42,9 +43,7 @@ class Here:
     def encoder(self) -> Encoder:
         return load_encoder(self.config.encoder)
 
-    def pool(
-        self, tag: PreparedTag, encoder: Encoder, memory: Callable[[Sequence[int]], int], threads: int = 0
-    ) -> ShardPool:
+    def pool(self, tag: PreparedTag, encoder: Encoder, plan: Plan, threads: int = 0) -> ShardPool:
         runtime = self.config.runtime
         return LocalPool(tag, encoder, self.config.kernel, replace(runtime, threads=runtime.threads or threads))
 
@@ -60,7 +59,11 @@ def place(config: DistillConfig) -> Iterator[Place]:
     """As `runtime.kind` says. Raises ConfigError if Ray is wanted and not installed, or no cluster is there."""
     refuse_workers_here(config)
     if config.runtime.kind == "local":
-        yield Here(config)
+        threads = torch.get_num_threads()
+        try:
+            yield Here(config)
+        finally:
+            torch.set_num_threads(threads)  # a pool has set its own, which are not the next one's
         return
     try:
         from cluster.session import open_session

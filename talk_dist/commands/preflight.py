@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from talk_dist.evaluate import EvaluateConfig
 from talk_dist.models.device import pick_device
 from talk_dist.models.protocol import Encoder
 from talk_dist.models.shape import ModelShape
+from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
 from talk_dist.runtime import estimate
 from talk_dist.runtime.fields import available_disk
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
@@ -216,10 +218,22 @@ def check_origin(artifact: SyntheticTAG, path: str, tag: PreparedTag, force: boo
 
 
 def distilled_with(artifact: SyntheticTAG, path: str) -> DistillConfig:
-    """The configuration that ``artifact`` was distilled with. Raises DataError if it does not say."""
+    """The configuration that ``artifact`` was distilled with, but for what it says of the machine where that was.
+    Raises DataError if it does not say."""
     if "distill" not in artifact.config:
         raise DataError(path, "does not say how it was distilled (config.json has no `distill`); distil it again")
-    return DistillConfig.from_dict(artifact.config["distill"])
+    config = DistillConfig.from_dict(artifact.config["distill"])
+    then = config.runtime
+    runtime = RuntimeConfig(threads=then.threads, cache=then.cache, cache_folder=_if_there(then.cache_folder))
+    encoder = replace(config.encoder, device="auto")
+    return replace(config, encoder=encoder, runtime=runtime, cluster=ClusterConfig(), deepspeed=DeepSpeedConfig())
+
+
+def _if_there(folder: str) -> str:
+    try:
+        return folder if folder and storage.exists(folder) else ""
+    except (TalkDistError, OSError):  # on a file system that cannot be reached from here
+        return ""
 
 
 def artifact_path(path: str) -> str:

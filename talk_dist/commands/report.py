@@ -163,7 +163,8 @@ def evaluation(
     chosen = "the pass is chosen on the validation nodes"
     if adapters:
         chosen += (
-            f", with adapters, which follow, every {recipe.adapter_select_every} passes (full: after each of "
+            f", with adapters, which follow for at most {recipe.joint_passes} passes, every "
+            f"{recipe.adapter_select_every} of them (full: after each of "
             f"{config.full_epochs} epochs; on deepspeed.workers the lowest training loss counts instead)"
         )
     until = f", until {recipe.select_patience} validations in a row are no better" if recipe.select_patience else ""

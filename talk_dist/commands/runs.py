@@ -18,10 +18,10 @@ from talk_dist.data.prepare import prepare
 from talk_dist.data.python_api import build_python_api
 from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import distill
-from talk_dist.errors import ConfigError, TalkDistError
+from talk_dist.errors import ConfigError, DataError, TalkDistError
 from talk_dist.evaluate import EvaluateConfig, as_metrics, evaluate, table
 from talk_dist.models.protocol import Encoder
-from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
+from talk_dist.resources import ClusterConfig
 from talk_dist.runtime.callbacks import Callback, Callbacks, JsonLines, ProgressLines
 from talk_dist.runtime.checkpoint import Checkpoint, DistillState, Standing
 from talk_dist.runtime.pool import ShardPool
@@ -64,8 +64,7 @@ class Distill:
             lambda encoder: self._open(folder, encoder, config, lines),
         )
         path, resume = folder.path(CHECKPOINT), self.resume == "auto"
-        lends, threads = config.deepspeed.encode_texts, Checkpoint(path, {}, resume).threads
-        pool = where.pool(tag, encoder, lambda parts: plan.actor(parts, lends).host, threads)
+        pool = where.pool(tag, encoder, plan, Checkpoint(path, {}, resume).threads)
         checkpoint = Checkpoint(path, identity(tag, encoder, config), resume, folder.guard)
         checkpoint.load()  # refuses the state of another run, before this one takes the folder from anybody
         folder.claim()
@@ -86,18 +85,19 @@ class Distill:
             synthetic.save_pretrained(artifact)
         call.lap("distill")
         if self.evaluate:
-            _evaluate(call, pool, encoder, synthetic, config, evaluation, artifact, folder)
+            tell = Callbacks([call.stop, lines, *where.callbacks])
+            _evaluate(call, tell, pool, encoder, synthetic, config, evaluation, artifact, folder)
             return
         print(f"{len(synthetic)} synthetic nodes, {synthetic.num_bytes():,} bytes: {artifact}")
         print(f"evaluate them: talk-dist evaluate {shlex.quote(self.out)} --data {shlex.quote(tag.path)}")
 
     def _advice(self, call: Call, checkpoint: Checkpoint) -> str:
-        again = ["talk-dist", *without(call.arguments, "resume")]
         try:
             saved = Checkpoint(checkpoint.path, checkpoint.identity).load()
         except (TalkDistError, OSError):  # of another run, which `--resume never` was about to replace, or out of reach
             saved = None
         done = f"{checkpoint.path} holds {_held(saved)}" if saved else "Nothing is saved yet"
+        again = ["talk-dist", *(without(call.arguments, "resume") if saved else call.arguments)]
         return f"{done}; go on with:\n  {shlex.join(again)}"
 
     def _open(
@@ -157,25 +157,18 @@ class Evaluate:
         synthetic, tag = SyntheticTAG.from_pretrained(path), PreparedTag(self.data or near)
         storage.check_writable(beside(path, ""))  # the table goes into the artifact, which is published anew
         config = preflight.distilled_with(synthetic, path)
-        known = config.runtime.cache_folder
-        config = replace(
-            config,  # but for what was said of the machine that it was distilled on
-            encoder=replace(config.encoder, device="auto"),
-            runtime=RuntimeConfig(
-                self.runtime, config.runtime.threads, config.runtime.cache, known if storage.exists(known) else ""
-            ),
-            cluster=ClusterConfig(address=self.address),
-            deepspeed=DeepSpeedConfig(),
-        )
+        runtime, cluster = replace(config.runtime, kind=self.runtime), ClusterConfig(address=self.address)
+        config = replace(config, runtime=runtime, cluster=cluster)
         if self.adapters != "as-distilled":
             config = replace(config, encoder=replace(config.encoder, adapters=self.adapters == "true"))
         with place(config) as where:
             encoder, plan = preflight.check_evaluation(
                 synthetic, path, tag, config, evaluation, self.force, where.encoder
             )
-            pool = where.pool(tag, encoder, lambda parts: plan.actor(parts).host)
+            pool = where.pool(tag, encoder, plan)
             call.lap("prepare")
-            _evaluate(call, pool, encoder, synthetic, config, evaluation, path, None)
+            tell = Callbacks([call.stop, ProgressLines(), *where.callbacks])
+            _evaluate(call, tell, pool, encoder, synthetic, config, evaluation, path, None)
 
 
 def identity(tag: PreparedTag, encoder: Encoder, config: DistillConfig) -> dict[str, Any]:
@@ -186,6 +179,7 @@ def identity(tag: PreparedTag, encoder: Encoder, config: DistillConfig) -> dict[
 
 def _evaluate(
     call: Call,
+    tell: Callbacks,
     pool: ShardPool,
     encoder: Encoder,
     synthetic: SyntheticTAG,
@@ -195,7 +189,7 @@ def _evaluate(
     folder: RunFolder | None,
 ) -> None:
     """Evaluate, write the table into the artifact at ``path`` and, with the picture, into ``folder``, and print it."""
-    tell = Callbacks([call.stop, ProgressLines()])
+    seen = storage.stamp(path)
     rows = evaluate(pool, encoder, synthetic, config, evaluation, tell.progress)
     call.lap("evaluate")
     took = ", ".join(f"{name} {value:.0f}" for name, value in call.seconds.items())
@@ -211,6 +205,8 @@ def _evaluate(
     print(table(rows), "", sentence, "", sep="\n", flush=True)  # whatever becomes of the artifact
     if folder is not None:
         folder.guard()
+    if storage.stamp(path) != seen:
+        raise DataError(path, "was replaced while it was evaluated; this table is not kept there: evaluate it again")
     synthetic.save_pretrained(path)
     print(f"artifact    {path}")
     if folder is not None:

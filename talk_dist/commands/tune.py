@@ -204,7 +204,7 @@ class Tune:
 def _warm(tag: PreparedTag, base: DistillConfig, plan: Plan) -> None:
     """A frozen encoder's encodings, once for all trials: they find them beside the graph."""
     with place(base) as where:
-        pool = where.pool(tag, where.encoder(), lambda parts: plan.actor(parts, base.deepspeed.encode_texts).host)
+        pool = where.pool(tag, where.encoder(), plan)
         pool.encode({}, partial(ProgressLines().progress, "encode", metrics={}))
 
 

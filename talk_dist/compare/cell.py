@@ -12,6 +12,7 @@ from talk_dist.compare.plan import Method, file_name
 from talk_dist.config import BITS, DistillConfig, InnerConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import describe, distill
+from talk_dist.errors import ConfigError
 from talk_dist.models.inner import smoothed
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback
@@ -57,6 +58,11 @@ class Cell:
             encoder=dataclasses.replace(base.encoder, adapters=self.adapters),
             synthetic=dataclasses.replace(base.synthetic, size=self.size or classes),
         )
+
+    def check(self, tag: PreparedTag) -> None:
+        """Raises ConfigError if this needs texts and ``tag`` has none."""
+        if self.method.invert and tag.encoding_width is not None:
+            raise ConfigError(f"{tag.path} brings encodings, and no tokens to invert anything into; leave `invert` out")
 
     def make(
         self, tag: PreparedTag, pool: ShardPool, encoder: Encoder, tell: Callback, checkpoint: Checkpoint

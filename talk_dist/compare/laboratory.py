@@ -8,6 +8,7 @@ import json
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from talk_dist.data.python_api import build_python_api
 from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import ConfigError
 from talk_dist.evaluate import EvaluateConfig, Row, reference, score
+from talk_dist.models.encoder import load_encoder
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callbacks, ProgressLines
 from talk_dist.runtime.checkpoint import Checkpoint, differences
@@ -44,7 +46,8 @@ class Laboratory:
 
     def __init__(self, plan: Plan, folder: RunFolder, call: Call):
         self.plan, self.folder = plan, folder
-        self.tell = Callbacks([call.stop, ProgressLines()])
+        self._own = [call.stop, ProgressLines()]
+        self.tell = Callbacks(self._own)
         self.drawn = [
             Cell(data, plan.splits[0], plan.methods[0], size, False)
             for data, size in itertools.product(plan.data, plan.sizes)
@@ -58,29 +61,50 @@ class Laboratory:
         """
         plan, encoder = self.plan, plan_encoder(self.plan)
         pairs = list(itertools.product(plan.data, plan.splits))
+        self._check_tables(pairs)
         tags = {pair: self._prepared(pair[0], plan.data[pair[0]], pair[1], encoder) for pair in pairs}
-        cells = {
-            (data, seed): [
-                cell
-                for size, method, adapters in itertools.product(plan.sizes, plan.methods, plan.adapters)
-                if (cell := Cell(data, seed, method, size, adapters)).possible
-            ]
-            for data, seed in pairs
-        }
+        cells = {pair: list(self._cells(*pair)) for pair in pairs}
         self._check(tags, cells)
-        for (data, seed), tag in tags.items():
-            for adapters in plan.adapters:
-                yield from self._reference(data, seed, tag, adapters)
-            for cell in cells[data, seed]:
-                yield from self._cell(cell, tag)
+        for pair, tag in tags.items():
+            for cell in cells[pair]:
+                yield from self._rows(cell, tag)
+
+    def _cells(self, data: str, seed: int) -> Iterator[Cell]:
+        """Of one split: the references, of students trained on everything, and what is compared with them."""
+        plan = self.plan
+        for adapters in plan.adapters:
+            yield Cell(data, seed, Method(FULL, FULL, "", plan.settings), 0, adapters)
+        for size, method, adapters in itertools.product(plan.sizes, plan.methods, plan.adapters):
+            if (cell := Cell(data, seed, method, size, adapters)).possible:
+                yield cell
+
+    def _check_tables(self, pairs: Sequence[Pair]) -> None:
+        """Raises one ConfigError that lists every table that is not there, of graphs that are not prepared either."""
+        missing = {
+            f"data.{data}: {uri}: no such file or folder"
+            for data, seed in pairs
+            for uri in (self.plan.data[data]["nodes"], self.plan.data[data]["edges"])
+            if uri and storage.stamp(uri) is None and not storage.exists(f"{self._graph(data, seed)}.json")
+        }
+        if missing:
+            raise ConfigError("\n".join(sorted(missing)))
+
+    def _graph(self, data: str, seed: int) -> str:
+        return self.folder.path("prepared", f"{data}-{seed}")
 
     def _check(self, tags: Mapping[Pair, PreparedTag], cells: Mapping[Pair, Sequence[Cell]]) -> None:
         """Raises one ConfigError that lists every cell that cannot be made, before the first is."""
+        # a language model that needs workers of its own is not loaded here, and checked with the first cell
+        encoder = None if self.plan.settings.deepspeed.workers else load_encoder(self.plan.settings.encoder)
         wrong = []
         for pair, tag in tags.items():
             for cell in cells[pair]:
-                problems = preflight.Problems()
-                preflight.check_tag(tag, cell.config(len(tag.classes)), ("val", "test"), problems)
+                config, problems = cell.config(len(tag.classes)), preflight.Problems()
+                preflight.check_tag(tag, config, ("val", "test"), problems)
+                if encoder is not None and cell.method.kind in ("distill", FULL):
+                    preflight.check_encoder(encoder, config.synthetic.tokens, tag, problems)
+                problems.attempt(partial(cell.check, tag))
+                problems.attempt(partial(preflight.check_memory, tag, config, EvaluateConfig()))
                 wrong += [f"{cell.data}, {cell.method.name}, size {cell.size:g}: {e}" for e in problems.errors]
         if wrong:
             raise ConfigError("\n".join(dict.fromkeys(wrong)))
@@ -98,21 +122,32 @@ class Laboratory:
 
     # -- one cell -----------------------------------------------------------------------------------------
 
-    def _cell(self, cell: Cell, tag: PreparedTag) -> Iterator[Record]:
-        config = cell.config(len(tag.classes))
+    def _rows(self, cell: Cell, tag: PreparedTag) -> Iterator[Record]:
+        """One a student, in the order of the plan."""
+        config, full = cell.config(len(tag.classes)), cell.method.kind == FULL
         known = {student: self._row(cell, student, tag) for student in self.plan.students}
         if all(known.values()):
             yield from (row for row in known.values() if row)
             return
         with self._opened(tag, config, self._work(cell)) as (pool, encoder):
-            made = self._made(cell, tag, pool, encoder, config)
-            encoder.reset_adapters(0)
-            self._encode(pool, encoder)
-            trained_on = training_set(cell, made, pool, encoder, config, EvaluateConfig().recipe)
+            facts: Record = {}
+            if full:
+                whole = WholeGraph(tag)
+            else:
+                made = self._made(cell, tag, pool, encoder, config)
+                facts = {"seconds": made.metrics["made"]["seconds"]}
+            self._encode_afresh(pool, encoder)
+            if not full:
+                trained_on = training_set(cell, made, pool, encoder, config, EvaluateConfig().recipe)
             for student, row in known.items():
                 if row is None:
-                    scored = score(trained_on, pool, encoder, self._evaluation(student), self.tell.progress)
-                    row = self._keep(cell, student, tag, scored, {"seconds": made.metrics["made"]["seconds"]})
+                    evaluation = self._evaluation(student)
+                    scored = (
+                        reference(whole, pool, encoder, evaluation, self.tell.progress)
+                        if full
+                        else score(trained_on, pool, encoder, evaluation, self.tell.progress)
+                    )
+                    row = self._keep(cell, student, tag, scored, facts)
                 yield row
 
     def _made(
@@ -123,36 +158,17 @@ class Laboratory:
             made = SyntheticTAG.from_pretrained(path)
             _same(path, made.metrics["made"]["identity"], self._identity(cell, tag))
             return made
-        encoder.reset_adapters(config.seed)
-        self._encode(pool, encoder)
+        self._encode_afresh(pool, encoder, config.seed)
         checkpoint = Checkpoint(self._work(cell), identity(tag, encoder, config))
         made = cell.make(tag, pool, encoder, self.tell, checkpoint)
         facts = made.metrics["made"] | {"identity": self._identity(cell, tag)}
         made = dataclasses.replace(made, metrics=made.metrics | {"made": facts})
         if cell in self.drawn:
-            encoder.reset_adapters(0)
-            self._encode(pool, encoder)
+            self._encode_afresh(pool, encoder)
             picture = draw_encodings(pool, encodings(made, encoder).numpy(), made.labels.argmax(1).numpy(), cell.name)
             storage.write_atomic(self._picture(cell), picture)
         made.save_pretrained(path)
         return made
-
-    def _reference(self, data: str, seed: int, tag: PreparedTag, adapters: bool) -> Iterator[Record]:
-        """Every student trained on everything."""
-        cell = Cell(data, seed, Method(FULL, FULL, "", self.plan.settings), 0, adapters)
-        known = {student: self._row(cell, student, tag) for student in self.plan.students}
-        if all(known.values()):
-            yield from (row for row in known.values() if row)
-            return
-        with self._opened(tag, cell.config(len(tag.classes))) as (pool, encoder):
-            whole = WholeGraph(tag)
-            for student, row in known.items():
-                if row is None:
-                    encoder.reset_adapters(0)
-                    self._encode(pool, encoder)
-                    scored = reference(whole, pool, encoder, self._evaluation(student), self.tell.progress)
-                    row = self._keep(cell, student, tag, scored, {})
-                yield row
 
     # -- what is known ------------------------------------------------------------------------------------
 
@@ -192,23 +208,24 @@ class Laboratory:
         runtime = config.runtime  # the splits of a graph share their encodings
         shared = runtime.cache_folder or self.folder.out
         with place(dataclasses.replace(config, runtime=dataclasses.replace(runtime, cache_folder=shared))) as where:
+            self.tell = Callbacks([*self._own, *where.callbacks])
             encoder, plan = where.encoder(), preflight.check_memory(tag, config, EvaluateConfig())
             threads = Checkpoint(work, {}).threads if work else 0
-            yield where.pool(tag, encoder, lambda parts: plan.actor(parts).host, threads), encoder
+            yield where.pool(tag, encoder, plan, threads), encoder
 
     def _prepared(self, data: str, spec: dict[str, Any], seed: int, encoder: str) -> PreparedTag:
         if spec["prepared"]:
             return PreparedTag(spec["prepared"])
-        path = self.folder.path("prepared", f"{data}-{seed}")
+        path = self._graph(data, seed)
         name = api_name() if data == EMBEDDED else data
         wanted = spec | {"name": name, "encoder": encoder}
-        if data != EMBEDDED:  # tables that are gone are as they were
-            wanted["stamps"] = [storage.stamp(uri) for uri in (spec["nodes"], spec["edges"]) if uri]
         said = f"{path}.json"
         saved = storage.read_json(said) if storage.exists(said) else {}
-        if saved.get("stamps") and None in wanted.get("stamps", ()):
-            wanted["stamps"] = saved["stamps"]
-        if saved == json.loads(json.dumps(wanted)):
+        if data != EMBEDDED:  # a table that is gone is as it was
+            uris = [uri for uri in (spec["nodes"], spec["edges"]) if uri]
+            then = saved.get("stamps", ())
+            wanted["stamps"] = [storage.stamp(uri) or was for uri, was in itertools.zip_longest(uris, then) if uri]
+        if saved == json.loads(json.dumps(wanted)) and storage.exists(storage.join(path, "META.json")):
             return PreparedTag(path)
         # what the plan said before may lie there; if it was another graph, its rows are refused after this
         if data == EMBEDDED:
@@ -220,7 +237,8 @@ class Laboratory:
         storage.write_atomic(said, storage.to_json(wanted))
         return tag
 
-    def _encode(self, pool: ShardPool, encoder: Encoder) -> None:
+    def _encode_afresh(self, pool: ShardPool, encoder: Encoder, seed: int = 0) -> None:
+        encoder.reset_adapters(seed)
         pool.encode(encoder.adapters(), lambda done, total: self.tell.progress("encode", done, total, {}))
 
 
@@ -231,9 +249,12 @@ def _same(path: str, saved: Record, now: Record) -> None:
 
 def plan_encoder(plan: Plan) -> str:
     """The one encoder whose tokenizer prepares the graphs. Raises ConfigError if the methods want several."""
-    names = {method.config.encoder.name for method in plan.methods}
+    names = {plan.settings.encoder.name} | {method.config.encoder.name for method in plan.methods}
     if len(names) > 1:
-        raise ConfigError(f"the methods name the encoders {', '.join(sorted(names))}: one plan, one encoder")
+        raise ConfigError(
+            f"the plan names the encoders {', '.join(sorted(names))}, and all that is compared, the reference "
+            "too, needs one: name it as encoder.name under `settings:` and leave it out of the methods"
+        )
     return names.pop()
 
 

@@ -29,7 +29,7 @@ def from_pyg(data: Any, name: str = "data") -> Source:
     problems = [f"attribute {key}: is {type(there[key]).__name__}; make it a tensor" for key in foreign]
     if texts is None:
         problems.append("attribute text: missing; set data.text to a list of strings, one a node")
-    elif odd := {type(text).__name__ for text in texts} - {"str", "NoneType"}:
+    elif odd := {type(text).__name__ for text in texts if not isinstance(text, str | None)}:
         problems.append(f"attribute text: has {', '.join(sorted(odd))}; make it strings")
     if "y" not in there:
         problems.append("attribute y: missing; set data.y to one class a node (-1 = unlabelled)")

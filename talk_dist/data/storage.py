@@ -44,7 +44,7 @@ def absolute(path: str) -> str:
 
 def without_secrets(url: str) -> str:
     """``url`` as it may be shown: `HIDDEN` for a password, and for a parameter that sounds like one."""
-    url = re.sub(r"(://[^/?#@:]*:)[^/?#]*(@)", rf"\g<1>{HIDDEN}\2", url)
+    url = re.sub(r"(://[^/@:]*:)[^@]*(@)", rf"\g<1>{HIDDEN}\2", url)
     return re.sub(r"(?i)([?&][^=&#]*(?:pass|pwd|secret|token|key)[^=&#]*=)[^&#]*", rf"\g<1>{HIDDEN}", url)
 
 

@@ -141,7 +141,7 @@ def train(
     """
     parameters = encoder.adapter_parameters() if encoder else {}
     every = config.adapter_select_every if encoder else config.select_every
-    passes = min(config.passes, config.adapter_passes) if encoder else config.passes
+    passes = config.joint_passes if encoder else config.passes
     for p in parameters.values():
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(

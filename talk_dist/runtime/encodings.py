@@ -6,6 +6,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 
 import numpy as np
@@ -48,7 +49,8 @@ class EncodingCache:
         name = f"encodings/{encoder.fingerprint[:16]}-{self.texts[:16]}-part-{self.part:05d}-from-{start:09d}.npy"
         uri = storage.join(self.path, name)
         if storage.exists(uri):
-            return np.asarray(np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False))
+            with suppress(ValueError, EOFError):  # damaged: as if it were not there
+                return np.asarray(np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False))
         encodings = compute()
         buffer = io.BytesIO()
         np.save(buffer, encodings)

@@ -18,8 +18,9 @@ from talk_dist.runtime.fields import READ_ROWS
 from talk_dist.runtime.pool import sample_size
 from talk_dist.runtime.propagate import PROPAGATED_BYTES, PROPAGATED_ENTRIES
 from talk_dist.runtime.shard import ENCODED_ROWS
-from talk_dist.runtime.speed import STEP_SECONDS, Evaluation, adapted_layers, layers_again, work
+from talk_dist.runtime.speed import STEP_SECONDS, adapted_layers, layers_again, work
 from talk_dist.runtime.student_pass import MADE, STAGE_BYTES
+from talk_dist.training import EvaluateConfig
 
 BASE_BYTES = 460 << 20  # a process that has used torch and transformers: their code and tables
 DRIVER_BYTES = 20 << 20  # what the command line and scikit-learn add
@@ -29,6 +30,7 @@ HEAP = 1.5  # arrays of many sizes leave holes in the heap
 HEAP_UNTRIMMED = 2.0  # more of them where nothing gives memory back in between
 MAPPED_BYTES = 32 << 20  # glibc maps larger arrays one by one: they leave no holes
 SOLVE_BUFFERS = 10  # arrays of the size (M, M) that K_ss with gradient holds at its peak, a hop and layer
+DRIVER_PHASES = ("inject", "tokens", "start", "solve", "full")  # of a run whose shards are elsewhere
 REMEDIES = {
     "start": "lower --synthetic.size",
     "solve": "lower --synthetic.size",
@@ -114,13 +116,12 @@ class Plan:
 
     def driver(self, group: bool) -> Process:
         """The driver of a run on a cluster; with a ``group`` the language model is not in it."""
-        working = {name: size for name, size in self.working.items() if name in ("inject", "start", "solve", "full")}
-        if group:
-            working["inject"] = 0
+        working = {name: self.working[name] for name in DRIVER_PHASES if name in self.working}
+        if group:  # the workers hold what they encode and inject
+            working["tokens"] -= working.pop("inject")
         held = {"driver": self.driver_arrays} | ({"token table": self.token_table} if group else {})
-        return Process(
-            BASE_BYTES + DRIVER_BYTES + RAY_BYTES, held, 0 if group else self.model, working, self.device and not group
-        )
+        own = 0 if group else self.model
+        return Process(BASE_BYTES + DRIVER_BYTES + RAY_BYTES, held, own, working, self.device and not group)
 
     def worker(self, workers: int, stage: int, lends: bool = False) -> Process:
         """One of the language model's workers under ZeRO ``stage``; ``lends``: it encodes the real texts too."""
@@ -150,7 +151,7 @@ def plan(
     config: DistillConfig,
     model: ModelShape,
     num_synthetic: int,
-    evaluation: Evaluation | None,
+    evaluation: EvaluateConfig | None,
     device: bool = False,
 ) -> Plan:
     """Of a prepared graph with this ``meta``; without ``evaluation`` of the distillation alone."""
@@ -235,7 +236,7 @@ def _shard(part: dict[str, Any], meta: dict[str, Any], config: DistillConfig, mo
 
 
 def _working(
-    meta: dict[str, Any], config: DistillConfig, model: ModelShape, m: int, evaluation: Evaluation | None
+    meta: dict[str, Any], config: DistillConfig, model: ModelShape, m: int, evaluation: EvaluateConfig | None
 ) -> dict[str, int]:
     longest = min(meta["tokenizer"]["max_tokens"], model.positions)
     kernel, item = config.kernel, 8 if config.kernel.precision == "float64" else 4

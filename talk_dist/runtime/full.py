@@ -106,7 +106,7 @@ def fit_full(
         return validated(current)
 
     steps = len(batches)
-    joint = dataclasses.replace(config, passes=steps, adapter_passes=steps, patience=steps, target_loss=0.0)
+    joint = dataclasses.replace(config, passes=steps, adapter_passes=0, patience=steps, target_loss=0.0)
     joint = dataclasses.replace(joint, adapter_select_every=count, select_patience=0)
     found = first.selected
     return train(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from talk_dist.config import DistillConfig, InnerConfig, StudentConfig
+from talk_dist.config import DistillConfig
 from talk_dist.models.shape import ModelShape
 from talk_dist.runtime.teacher import BATCH
+from talk_dist.training import EvaluateConfig
 
 ENCODER_SHARE = 0.6  # of the matrix product's rate that an encoder pass reaches, all else included
 BFLOAT16_GAIN = 1.3  # on a CPU, of a whole encoder pass
@@ -20,25 +21,6 @@ SEARCH_PASSES = 43  # of a step of the discrete inversion: candidates, the best 
 LESSON = 2  # a teacher's passes, its candidates together, relative to those of a student of a small set
 EVALUATED_PASSES = 250  # of a student that is evaluated, before validation no longer rises
 STEP_SECONDS = 2e-3  # a training step cannot be shorter
-
-
-class Evaluation(Protocol):
-    """What of an EvaluateConfig matters here (that room is above this one)."""
-
-    @property
-    def against(self) -> tuple[Any, ...]: ...
-    @property
-    def seeds(self) -> int: ...
-    @property
-    def student(self) -> StudentConfig: ...
-    @property
-    def recipe(self) -> InnerConfig: ...
-    @property
-    def full_lr(self) -> tuple[float, ...]: ...
-    @property
-    def full_label_smoothing(self) -> tuple[float, ...]: ...
-    @property
-    def full_epochs(self) -> int: ...
 
 
 def adapted_layers(config: DistillConfig, model: ModelShape) -> int:
@@ -55,7 +37,7 @@ def layers_again(config: DistillConfig, model: ModelShape) -> int:
 
 
 def work(
-    meta: dict[str, Any], config: DistillConfig, model: ModelShape, m: int, evaluation: Evaluation | None
+    meta: dict[str, Any], config: DistillConfig, model: ModelShape, m: int, evaluation: EvaluateConfig | None
 ) -> tuple[dict[str, float], dict[str, int]]:
     """FLOP by phase as a matrix product would count them: slower kinds of work count more."""
     nodes, entries = meta["num_nodes"], 2 * meta["num_edges"] + meta["num_nodes"]
@@ -109,7 +91,7 @@ def work(
         choices = len(evaluation.full_lr) * len(evaluation.full_label_smoothing)
         whole = choices * (3 + 1 / recipe.select_every) * passes * scores
         if adapters:  # after the student on the encodings as they are
-            joint = min(recipe.passes, recipe.adapter_passes)
+            joint = recipe.joint_passes
             one += joint * (upper + student) + (joint // recipe.adapter_select_every + 3) * again
             whole += evaluation.full_epochs * (3 * train / nodes * encoding + again) + 2 * again
         full = "full" in evaluation.against

@@ -68,10 +68,11 @@ def nearest_texts(tag: SyntheticTAG, pool: ShardPool, encoder: Encoder, count: i
     """
     h_s = encoder.encode_embeds(tag.embedded(encoder.token_table).token_embeds, tag.mask)
     sample = sample_for(pool, np.bincount(tag.labels.argmax(1), minlength=tag.labels.shape[1]), seed)
-    cosine = normalize(h_s, dim=1) @ normalize(torch.from_numpy(sample.features).float(), dim=1).T
-    near = cosine.topk(min(count, cosine.shape[1]), dim=1)
-    tokens, names = pool.tokens(sample.place[near.indices.flatten()]), pool.tag.classes
+    real, count = normalize(torch.from_numpy(sample.features).float(), dim=1), min(count, len(sample.label))
+    near = [(normalize(h, dim=1) @ real.T).topk(count, dim=1) for h in h_s.split(max(1, CHUNK_ELEMENTS // len(real)))]
+    cosines, rows = torch.cat([n.values for n in near]), torch.cat([n.indices for n in near]).flatten()
+    tokens, names = pool.tokens(sample.place[rows]), pool.tag.classes
     texts = [encoder.tokenizer.decode(tokens[i].tolist()) for i in range(len(tokens))]
-    labels = [names[label] for label in sample.label[near.indices.flatten()]]
-    flat = [Neighbour(*facts) for facts in zip(near.values.flatten().tolist(), labels, texts, strict=True)]
-    return [flat[start : start + near.indices.shape[1]] for start in range(0, len(flat), near.indices.shape[1])]
+    labels = [names[label] for label in sample.label[rows]]
+    flat = [Neighbour(*facts) for facts in zip(cosines.flatten().tolist(), labels, texts, strict=True)]
+    return [flat[start : start + count] for start in range(0, len(flat), count)]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
 
@@ -20,6 +21,7 @@ from talk_dist.distill import distill
 from talk_dist.resources import ClusterConfig, RuntimeConfig
 from talk_dist.runtime.callbacks import Callback
 
+PLAN = SimpleNamespace(actor=lambda parts, borrows: SimpleNamespace(host=100 << 20))
 prepared, encoder_folder, out = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 workers = [cluster.add_node(num_cpus=2) for _ in range(2)]
@@ -41,7 +43,7 @@ config = dataclasses.replace(
 with open_session(config) as session:
     alive = sum(node["Alive"] for node in ray.nodes())
     encoder = session.encoder()
-    pool = session.pool(PreparedTag(prepared), encoder, lambda parts: 100 << 20)
+    pool = session.pool(PreparedTag(prepared), encoder, PLAN)
     synthetic = distill(pool, encoder, config, [RemoveNode()])
     synthetic.save_pretrained(out)
     report = {"nodes before": alive, "restarts": pool.vitals().restarts}

@@ -163,6 +163,9 @@ def test_fit_ends_as_the_single_one_does(group, single, nodes):
     jumpy = replace(INNER, gnn_lr=1.0, passes=30, patience=3)
     agree(fit(group, nodes, 1, "sgc", jumpy), truth := fit(single, nodes, 1, "sgc", jumpy))
     assert truth[0].passes < 30
+    short = replace(INNER, adapter_passes=2)
+    agree(fit(group, nodes, 1, inner=short), truth := fit(single, nodes, 1, inner=short))
+    assert truth[0].passes == 2
     easy = replace(INNER, target_loss=2.0)
     agree(fit(group, nodes, 1, inner=easy), truth := fit(single, nodes, 1, inner=easy))
     assert truth[0].passes == 1

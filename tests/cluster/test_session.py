@@ -28,6 +28,7 @@ from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
 
 SMALL = "--encoder.pooling mean --encoder.precision float32 --synthetic.size 6 --synthetic.tokens 5 --inner.passes 5 "
 SMALL += "--synthetic.init random --outer.epochs 0 --runtime.threads 1 --runtime.cache false"
+PLAN = SimpleNamespace(actor=lambda parts, borrows: SimpleNamespace(host=100 << 20))
 PATIENT = ["--cluster.wait_seconds", "100000"]  # whoever waits for room fails the test
 
 
@@ -159,7 +160,7 @@ def test_a_cluster_that_starts_workers_when_asked_says_what_it_cannot_know(monke
 
 def test_a_run_that_goes_on_has_its_threads_on_its_share_of_the_cores(one_ray, tags, make_encoder):
     session = RaySession(DistillConfig(cluster=ClusterConfig(actors=2, cpus=1)), ExitStack())
-    pool = session.pool(tags[2], make_encoder(), lambda parts: 100 << 20, threads=3)
+    pool = session.pool(tags[2], make_encoder(), PLAN, threads=3)
     try:
         assert (pool._crew.allotment.cpus, pool._crew.allotment.threads) == (1, 3)
         assert torch.get_num_threads() == 3
@@ -182,9 +183,9 @@ def test_encoder_workers_and_shards_share_the_room(one_ray, tags, make_encoder):
         opened(3, 4).encoder()
     for too_much in (opened(3, 1), opened(0, 0, actors=7)):
         with pytest.raises(CapacityError, match=r"no room for the shards: \d × \(3 CPU .*lower cluster\.actors"):
-            too_much.pool(tags[7], make_encoder(), lambda parts: 100 << 20)
+            too_much.pool(tags[7], make_encoder(), PLAN)
     roomy = opened(2, 1)
-    roomy.pool(tags[2], make_encoder(), lambda parts: 100 << 20)
+    roomy.pool(tags[2], make_encoder(), PLAN)
     roomy.stack.close()
 
 

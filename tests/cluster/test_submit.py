@@ -172,6 +172,11 @@ def test_another_version_of_ray(told: Told, older: str) -> None:
         (["--out", "runs/a"], "--out runs/a: a job's working directory is a copy"),
         (["--out", "/data/a", "--data", "prepared/a"], "such as /data/prepared/a"),
         (["inspect", "runs/a"], "--path runs/a: a job's working directory is a copy"),
+        (
+            ["prepare", "nodes.parquet", "--out", "/data/a"],
+            "--nodes nodes.parquet: a job's working directory is a copy",
+        ),
+        (["export", "/data/a"], "--out: a job's working directory is deleted after it"),
         (["--logs"], "--logs: a value is missing"),
         (["--stop", "a", "--seed", "1"], "--stop takes no settings of a job; unexpected: '--seed'"),
         (["--job-id", "a b"], "letters, digits"),
@@ -189,6 +194,10 @@ def test_a_config_must_be_uploaded(told: Told, ours: str, tmp_path: Path) -> Non
     call = ["--address", ours, "--working-dir", str(work), "--config"]
     assert f"c.yaml: lies outside of {work}" in told(*call, "c.yaml")
     assert "c.yaml: is left out of the upload" in told(*call, "work/runs/c.yaml")
+    call = call[:-1]
+    assert "--plan c.yaml: lies outside of" in told(*call, "compare", "c.yaml", "--out", "/data/run")
+    tune = ["tune", "--data", "/data/a", "--out", "/data/run"]
+    assert "--space c.yaml: lies outside of" in told(*call, *tune, "--space", "c.yaml")
 
 
 def test_an_upload_must_be_small(told: Told, ours: str, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_good_ogb_folder(tmp_path: Path) -> None:
 
 
 def test_good_pyg_data() -> None:
+    assert len(validate(from_pyg(pyg(text=np.array(list("abcdef"))))).node_id) == 6
     graph = validate(from_pyg(pyg(y=torch.tensor([[0], [1], [2], [0], [-1], [2]]))))
     assert graph.label.tolist() == [0, 1, 2, 0, -1, 2]
     assert graph.split is not None

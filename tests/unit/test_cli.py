@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -17,11 +18,12 @@ from torch_geometric.data import Data
 
 from talk_dist import __version__
 from talk_dist.cli import COMMANDS, main
-from talk_dist.commands import call, runs
+from talk_dist.commands import call, place, runs
 from talk_dist.commands.folder import RunFolder
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.runtime import estimate
+from talk_dist.runtime.callbacks import Callback, Stop
 from talk_dist.synthetic.artifact import SyntheticTAG
 
 SMALL = {
@@ -198,8 +200,40 @@ def test_an_artifact_is_evaluated_wherever_one_is(tags, encoder_folder, told, tm
     config["distill"]["encoder"]["device"] = "cuda"
     (out / "synthetic" / "config.json").write_text(json.dumps(config))
     told("evaluate", out, *flat({"data": tags[2].path, "seeds": 1, "against": "medoid", "recipe.passes": 5}))
+    told("inspect", out, "--data", tags[2].path)
+    told("export", out, "--out", tmp_path / "a.pt", "--encodings", "true")
     assert not (tmp_path / "kept").exists()
     assert not scratch.exists()
+
+
+def test_a_set_that_is_replaced_while_it_is_evaluated_stays(finished, tags, told, tmp_path, monkeypatch):
+    tag, path = SyntheticTAG.from_pretrained(finished / "synthetic"), tmp_path / "copy"
+    tag.save_pretrained(path)
+    other, evaluated = dataclasses.replace(tag, token_embeds=tag.token_embeds + 1.0), runs.evaluate
+    monkeypatch.setattr(runs, "evaluate", lambda *given: other.save_pretrained(path) or evaluated(*given))
+    line = flat({"data": tags[2].path, "seeds": 1, "against": "random", "recipe.passes": 3})
+    out, err = told("evaluate", path, *line, code=2)
+    assert "| random |" in out
+    assert "was replaced while it was evaluated" in err
+    assert SyntheticTAG.from_pretrained(path).token_embeds.equal(other.as_stored().token_embeds)
+
+
+def test_who_listens_to_a_run_hears_its_evaluation(tags, encoder_folder, told, tmp_path, monkeypatch):
+    heard = set()
+
+    class Ear(Callback):
+        def progress(self, stage, *_):
+            heard.add(stage)
+
+    monkeypatch.setattr(place.Here, "callbacks", [Ear()])
+    settings = {"data": tags[2].path, "out": tmp_path, "evaluate": "true", "encoder.name": encoder_folder}
+    told("distill", *flat(settings | SMALL | QUICK_EVALUATION))
+    assert {"synthetic", "random"} < heard
+
+
+def test_passwords_are_not_written_down():
+    said = call.Call(["distill", "--out", "s3://me:hunter2@bucket/run"], Stop()).command
+    assert said == "talk-dist distill --out 's3://me:***@bucket/run'"
 
 
 def test_a_table_that_cannot_be_kept_is_printed_all_the_same(finished, tags, told, tmp_path, monkeypatch):

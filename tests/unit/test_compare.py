@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -249,6 +250,13 @@ def test_a_plan_that_names_another_graph_is_not_given_the_old_ones_rows(plan, to
     assert rows_in(tmp_path / "out") == before
     (tmp_path / "a.parquet").rename(tmp_path / "c.parquet")
     compared(nodes="a")  # tables that are gone are as they were
+    pq.write_table(edges.slice(0, 20), tmp_path / "edges.parquet")  # but for one that is there and changed
+    assert "no such file or folder" in compared(nodes="a", code=2)
+    pq.write_table(edges, tmp_path / "edges.parquet")
+    (tmp_path / "c.parquet").rename(tmp_path / "a.parquet")
+    shutil.rmtree(tmp_path / "out" / "prepared" / "toy-0")
+    compared(nodes="a")  # prepared again
+    assert rows_in(tmp_path / "out") == before
     pq.write_table(pq.read_table(tmp_path / "b.parquet"), tmp_path / "a.parquet")
     assert "made with other settings (data hash" in compared(nodes="a", code=2)
 
@@ -258,16 +266,23 @@ def test_what_cannot_be_made_is_told_before_the_first_training(plan, told, tags,
     _, err = told("compare", plan(**sizes), "--out", tmp_path / "out", code=2)
     for size, nodes in (("0.01", 1), ("2", 2)):
         assert f"toy, medoid, size {size}: synthetic.size gives {nodes} nodes for 3 classes" in err
-    missing = {"toy": {"prepared": tags[2].path}, "other": {"nodes": str(tmp_path / "no.parquet"), "max_tokens": 9}}
-    _, err = told("compare", plan(data=missing), "--out", tmp_path / "out", code=2)
-    assert "no.parquet: no such file or folder" in err
+    long = {"medoid": {"coreset": "medoid"}, "long": {"preset": "default", "synthetic.tokens": 500}}
+    _, err = told("compare", plan(methods=long), "--out", tmp_path / "out", code=2)
+    assert "toy, long, size 6: synthetic.tokens = 500" in err
+    big = {"big": {"preset": "default", "encoder.batch_tokens": 10**12}}
+    assert "toy, big, size 6: this" in told("compare", plan(methods=big), "--out", tmp_path / "out", code=2)[1]
+    tables = {name: {"nodes": str(tmp_path / f"{name}.parquet"), "max_tokens": 9} for name in ("a", "b")}
+    _, err = told("compare", plan(data={"toy": {"prepared": tags[2].path}} | tables), "--out", tmp_path / "out", code=2)
+    assert all(f"data.{name}: {tmp_path}/{name}.parquet: no such file or folder" in err for name in tables)
     assert not (tmp_path / "out" / "rows").exists()
+    assert not (tmp_path / "out" / "prepared").exists()
 
 
 def test_a_plan_of_two_encoders_is_refused(plan, other_encoder_folder):
     two = {"a": {"coreset": "random"}, "b": {"coreset": "random", "encoder.name": other_encoder_folder}}
-    with pytest.raises(laboratory.ConfigError, match="one plan, one encoder"):
-        laboratory.plan_encoder(read_plan(plan(methods=two), settings_of))
+    for methods in (two, {"b": two["b"]}):  # the reference is one of them
+        with pytest.raises(laboratory.ConfigError, match=r"one: name it as encoder[.]name under"):
+            laboratory.plan_encoder(read_plan(plan(methods=methods), settings_of))
 
 
 def test_the_summary_by_hand():

@@ -79,7 +79,10 @@ def test_unknown_keys_name_the_nearest(values, wrong, nearest):
 
 
 def test_evaluation_settings():
-    ends = {name: getattr(EvaluateConfig().recipe, name) for name in ("passes", "patience", "select_patience")}
+    ends = {
+        name: getattr(EvaluateConfig().recipe, name)
+        for name in ("passes", "adapter_passes", "patience", "select_patience")
+    }
     assert EvaluateConfig().recipe == InnerConfig(**ends)  # the inner loop's, but for where it ends
     for wrong in ({"seeds": 0}, {"against": ("full", "everything")}):
         with pytest.raises(ConfigError, match="evaluation"):

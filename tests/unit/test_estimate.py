@@ -181,6 +181,16 @@ def test_object_stores(tags):
     assert two.object_store(2, group=True) >= two.token_table
 
 
+def test_the_search_for_tokens_is_the_driver_s(tags):
+    """With workers only what it moves: they encode."""
+    config = with_values(DistillConfig(), synthetic={"tokens": 64})
+    found = plan(tags[1].meta, config, MINILM, 1000, None)
+    moved = found.working["tokens"] - found.working["inject"]
+    assert moved > 0
+    assert found.driver(False).working["tokens"] == found.working["tokens"]
+    assert found.driver(True).working["tokens"] == moved
+
+
 @pytest.mark.parametrize(
     ("config", "advice"),
     [

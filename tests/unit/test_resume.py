@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,17 +156,26 @@ def test_a_start_that_is_stopped_says_what_is_kept_and_goes_on(command, told, tm
         patched.setattr(ProgressLines, "progress", stop)
         _, err = told(*command("frozen", tmp_path / "run"), code=130)
     assert "checkpoint.safetensors holds a part of the start; go on with:" in err
+    with monkeypatch.context() as patched:
+        patched.setattr(ProgressLines, "progress", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        shutil.copytree(tmp_path / "run", tmp_path / "over")
+        _, err = told(*command("frozen", tmp_path / "over"), "--seed", "9", "--resume", "never", code=130)
+    assert "Nothing is saved yet; go on with:" in err
+    assert "--seed 9 --resume never" in err  # what lies there is still of the other
     out, err = told(*command("frozen", tmp_path / "run"))
     assert "checkpoint.safetensors holds: a part of the start" in out
     _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_run_goes_on_with_its_threads_wherever_it_does(command, told, tmp_path, monkeypatch):
-    """Where the settings leave them open: on another machine, or on fewer nodes, there are others."""
-    first = ProgressLines.progress
+    """Where the settings leave them open: on another machine, or on fewer nodes, there are others. The process that
+    called has its own afterwards."""
+    heard = []
 
-    def stop(lines, stage, done, total, metrics):
-        first(lines, stage, done, total, metrics)
+    def listen(_, stage, *__):
+        heard.append(torch.get_num_threads())
+
+    def stop(_, stage, *__):
         if stage == "tokens":
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -175,14 +185,13 @@ def test_a_run_goes_on_with_its_threads_wherever_it_does(command, told, tmp_path
         with monkeypatch.context() as patched:
             patched.setattr(ProgressLines, "progress", stop)
             told(*line, code=130)
-        torch.set_num_threads(1)
-        told(*line)
-        assert torch.get_num_threads() == 2
-        told(*line, "--resume", "never")  # what is replaced says nothing
-        assert torch.get_num_threads() == 2
-        torch.set_num_threads(1)
-        told(*line, "--resume", "never")
-        assert torch.get_num_threads() == 1
+        monkeypatch.setattr(ProgressLines, "progress", listen)
+        for here, more, used in ((1, [], 2), (2, ["--resume", "never"], 2), (1, ["--resume", "never"], 1)):
+            torch.set_num_threads(here)
+            heard.clear()
+            told(*line, *more)
+            assert set(heard) == {used}  # what is replaced says nothing
+            assert torch.get_num_threads() == here
     finally:
         torch.set_num_threads(1)
 

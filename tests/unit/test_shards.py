@@ -441,6 +441,17 @@ def test_encodings_that_cannot_be_kept_are_used_all_the_same(
     np.testing.assert_array_equal(found.shards[0]._fields["H"], expected.shards[0]._fields["H"])
 
 
+def test_kept_encodings_that_are_damaged_are_computed_again(graph, prepare_graph, make_encoder, make_pool):
+    tag = prepare_graph(graph)
+    expected = make_pool(make_encoder(), tag, cache=True)
+    (kept,) = (Path(tag.path) / "encodings").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-9])
+    found = make_pool(make_encoder(), tag, cache=True)
+    np.testing.assert_array_equal(found.shards[0]._fields["H"], expected.shards[0]._fields["H"])
+    assert kept.read_bytes() == whole
+
+
 def test_kept_encodings_of_other_texts_or_another_encoder_are_not_used(graph, prepare_graph, make_encoder, make_pool):
     """An object store keeps the folder of encodings when the graph is prepared again: their name must tell."""
     nodes = graph.nodes.set_column(1, "text", pa.array(graph.nodes["text"].to_pylist()[::-1]))

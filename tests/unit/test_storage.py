@@ -203,6 +203,7 @@ def test_uri_and_path_are_the_same_place(tmp_path: Path) -> None:
         ("postgresql://me:p@ss:w/rd@host:5432/db", None),
         ("postgresql://me:secret@host:5432/db?sslmode=require", "postgresql://me:***@host:5432/db?sslmode=require"),
         ("postgresql://me@host/db", "postgresql://me@host/db"),
+        *((f"postgresql://me:pa{sign}ss@host/db", "postgresql://me:***@host/db") for sign in "/?#:"),
         ("sqlite:////data/study.db", "sqlite:////data/study.db"),
         ("sqlite:///x?a=1&db_Password=pq&b=2", "sqlite:///x?a=1&db_Password=***&b=2"),
         ("mysql://host/db?token=abc", "mysql://host/db?token=***"),
