@@ -241,3 +241,24 @@ def test_the_card_says_what_it_is(tmp_path):
     assert "| classes | a \\| b, two lines" in card
     assert "| a \\| b | a \\| b |" in card
     assert json.loads((tmp_path / "a" / "config.json").read_text())["dataset"] == "trees"
+
+
+def test_an_id_that_the_table_has_just_not_is_refused():
+    tag = SyntheticTAG(torch.zeros(1, 2, 0), torch.eye(1), token_ids=torch.tensor([[0, 5]]))
+    assert tag.embedded(torch.zeros(6, 3)).token_embeds.shape == (1, 2, 3)
+    with pytest.raises(DataError, match="go up to 5"):
+        tag.embedded(torch.zeros(5, 3))
+
+
+def test_a_class_without_synthetic_nodes_keeps_its_column():
+    config = {"classes": ["a", "b", "c"], "storage": "float32"}
+    tag = SyntheticTAG(torch.ones(2, 1, 4), torch.eye(3)[[0, 1]], config=config)
+    assert tag.as_stored().labels.equal(tag.labels)
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_steps_of_a_grid_are_better_than_those_that_reach_the_largest_number(bits):
+    x = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
+    widest = x.abs().amax(-1, keepdim=True) / grid.top(bits)
+    errors = [(grid.on_grid(x, step, bits) - x).square().sum() for step in (grid.steps(x, bits), widest)]
+    assert errors[0] < 0.8 * errors[1]

@@ -24,7 +24,7 @@ from talk_dist.runtime.pool import TrainSample
 from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import METHODS, allocate, centres, herding, kcenter, medoid, select
 from talk_dist.synthetic.encodings import optimise_encodings
-from talk_dist.synthetic.init import embed, initialise, num_synthetic
+from talk_dist.synthetic.init import embed, fit_tokens, initialise, num_synthetic
 
 counts_of_classes = st.lists(st.integers(1, 60), min_size=1, max_size=5)
 
@@ -227,3 +227,19 @@ def test_without_steps_the_encodings_are_those_it_started_from(make_encoder, mak
     found = optimise_encodings(make_pool(encoder, 1), start, y_s, config, lambda *_: None)
     assert torch.equal(found.h_s, start)
     assert found.log_temperature == Objective.initial_log_temperature
+
+
+def test_blocks_choose_from_rows_of_their_own():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(12, 4)).astype(np.float32)
+    sample = TrainSample(np.zeros(12, np.int32), features, np.zeros((12, 2), np.int64))
+    rows = select(sample, np.array([6]), "medoid", 0, blocks=2)
+    assert len(set(rows)) == 6
+    assert all(row % 2 == turn % 2 for turn, row in enumerate(rows))
+
+
+def test_the_goal_of_the_search_is_relative_to_a_node_s_squared_length(monkeypatch, make_encoder):
+    goals, h_s = [], torch.randn(2, 32)
+    monkeypatch.setattr("talk_dist.synthetic.init.invert", lambda _, x, steps, goal, tell: goals.append(goal) or x)
+    fit_tokens(make_encoder(), torch.zeros(2, 4, 32), h_s, DistillConfig(), lambda *_: None)
+    torch.testing.assert_close(goals[0], TwoStageConfig().token_error * h_s.square().sum(1))

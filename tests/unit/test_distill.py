@@ -14,8 +14,8 @@ from talk_dist.config import DistillConfig
 from talk_dist.data.tag import Partition
 from talk_dist.distill import distill
 from talk_dist.errors import ConfigError, DataError
-from talk_dist.models.gnn import Student
 from talk_dist.runtime.callbacks import Callback
+from talk_dist.runtime.checkpoint import DistillState, OuterOptimizer
 from talk_dist.runtime.outer import Objective
 
 PAGE = sys.modules["talk_dist.distill"]  # the module: `talk_dist.distill` is the function
@@ -69,15 +69,88 @@ def test_a_graph_without_validation_nodes_is_refused(run, tags, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 @pytest.mark.parametrize("learn_labels", [False, True])
-def test_the_outer_steps_lower_the_loss_and_move_what_is_learned(run, loss, learn_labels):
+def test_the_outer_steps_lower_the_loss(run, loss, learn_labels):
     config = settings(outer={"loss": loss, "patience": 9}, synthetic={"learn_labels": learn_labels})
     synthetic, *_ = run(config)
     losses = [value for record in synthetic.metrics["history"] for value in record.get("loss", [])]
     assert len(losses) == 12
     assert losses[-1] < 0.97 * losses[0]
+
+
+@pytest.mark.parametrize("learn_labels", [False, True])
+def test_labels_move_where_they_are_learned(run, monkeypatch, learn_labels):
+    scores = iter([0.1, 0.9])  # what the steps have made is kept
+    monkeypatch.setattr(PAGE, "student_accuracy", lambda *_: next(scores))
+    synthetic, *_ = run(settings(synthetic={"learn_labels": learn_labels}, outer={"epochs": 1}))
     one_hot = torch.nn.functional.one_hot(synthetic.labels.argmax(1), 3).float()
-    if synthetic.metrics["best_epoch"] > 0:
-        assert torch.equal(synthetic.labels, one_hot) is not learn_labels
+    assert synthetic.labels.equal(one_hot) is not learn_labels
+
+
+def test_the_real_texts_are_encoded_with_the_adapters_that_were_trained(make_encoder, make_pool, monkeypatch):
+    config = settings(encoder={"adapters": True}, outer={"epochs": 1})
+    encoder = make_encoder(adapters=True)
+    pool, held = make_pool(encoder, 1, precision="float64"), []
+    encode, validate = pool.encode, PAGE.student_accuracy
+
+    def check(*given):
+        assert all(np.array_equal(held[-1][name], value) for name, value in encoder.adapters().items())
+        return validate(*given)
+
+    monkeypatch.setattr(pool, "encode", lambda adapters, *rest: held.append(adapters) or encode(adapters, *rest))
+    monkeypatch.setattr(PAGE, "student_accuracy", check)
+    distill(pool, encoder, config)
+
+
+def test_outer_steps_take_the_folds_in_turn_and_replay_their_dropout(make_encoder, make_pool, monkeypatch):
+    outer = {"epochs": 2, "steps": 3, "dropout": True, "patience": 9}
+    config = settings(encoder={"adapters": True, "dropout": 0.3}, outer=outer)
+    encoder = make_encoder(adapters=True, dropout=0.3)
+    steps, there, back = [], [], []
+    call, embeds, inject = Objective.__call__, encoder.encode_embeds, encoder.inject
+
+    def counted(self, h_s, y_s, temperature, step=0):
+        steps.append(step)
+        return call(self, h_s, y_s, temperature, step)
+
+    def encoded(*given, dropout_seed=None, **more):
+        there.append(dropout_seed)
+        return embeds(*given, dropout_seed=dropout_seed, **more)
+
+    def injected(*given, dropout_seed=None, **more):
+        back.append(dropout_seed)
+        return inject(*given, dropout_seed=dropout_seed, **more)
+
+    monkeypatch.setattr(Objective, "__call__", counted)
+    monkeypatch.setattr(encoder, "encode_embeds", encoded)
+    monkeypatch.setattr(encoder, "inject", injected)
+    distill(make_pool(encoder, 1, precision="float64"), encoder, config)
+    assert steps == list(range(6))
+    assert [seed for seed in there if seed is not None] == back
+    assert len(set(back)) == 6
+
+
+def state_of_ones():
+    return DistillState(torch.ones(2, 3, 4), torch.ones(2, 3), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_rates_and_decay_are_those_of_each_parameter():
+    """Adam's first step is its rate, whatever the gradient; without one it only decays."""
+    state = state_of_ones()
+    OuterOptimizer(state, 0.1, 0.2, 0.3, 0.5).step(torch.zeros(2, 3, 4), torch.zeros(2, 3), 0.0)
+    for value, expected in ((state.x_s, 1 - 0.1 * 0.5), (state.y_s, 1.0), (state.log_temperature, 1.0)):
+        torch.testing.assert_close(value, torch.full_like(value, expected))
+    state = state_of_ones()
+    OuterOptimizer(state, 0.1, 0.2, 0.3, 0.0).step(torch.ones(2, 3, 4), torch.ones(2, 3), 1.0)
+    for value, rate in ((state.x_s, 0.1), (state.y_s, 0.2), (state.log_temperature, 0.3)):
+        torch.testing.assert_close(value, torch.full_like(value, 1 - rate))
+
+
+def test_the_best_set_is_a_copy():
+    state = state_of_ones()
+    assert state.offer(0.5)
+    state.x_s += 1
+    state.y_s += 1
+    assert all(bool((kept == 1).all()) for kept in state.best)
 
 
 def test_the_sharding_does_not_change_the_result(run):
@@ -213,10 +286,3 @@ def test_fewer_synthetic_nodes_than_classes_is_refused(run):
 def test_a_loss_that_is_not_finite_is_an_error(run):
     with pytest.raises(ConfigError, match=r"diverged.*lower inner\.gnn_lr"):
         run(settings(inner={"gnn_lr": 1e30}))
-
-
-def test_students_of_one_seed_are_alike_and_of_another_not():
-    config = settings().student
-    one, two, other = (Student(config, 8, 3, seed) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.layers[0].weight, other.layers[0].weight)

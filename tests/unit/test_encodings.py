@@ -142,3 +142,106 @@ def test_smoothing_changes_nothing_that_the_kernel_predictor_chooses(table_encod
     torch.testing.assert_close(soft.sum(1), torch.ones(M))
     assert float(soft.max()) == pytest.approx(0.8)
     np.testing.assert_array_equal(objective.krr_counts(h_s, soft, "all"), objective.krr_counts(h_s, y_s, "all"))
+
+
+# -- what stage one keeps, and when it stops ------------------------------------------------------------------
+
+SHORT = replace(
+    CONFIG,
+    kernel=KernelConfig(block=0),
+    inner=InnerConfig(passes=5),
+    two_stage=TwoStageConfig(feature_steps=0, student_steps=6, student_passes=4, validate_every=2, feature_lr=0.05),
+)
+
+
+@pytest.fixture
+def judges(monkeypatch):
+    """judges(values) -> the encodings that they were shown, one a value."""
+
+    def script(values):
+        seen, left = [], iter(values)
+        monkeypatch.setattr(encodings, "judged", lambda _, h_s, *__: seen.append(h_s.detach().clone()) or next(left))
+        return seen
+
+    return script
+
+
+@pytest.fixture
+def optimised(table_encoder, make_pool, start):
+    """optimised(config) -> what stage one finds."""
+    pool = make_pool(table_encoder(), 1, architecture="sgc")
+    return lambda config: optimise_encodings(pool, *start, config, lambda *_: None)
+
+
+def test_students_must_be_half_a_standard_error_better(optimised, judges, tags):
+    """And the best of those who are stays, not the last."""
+    needed = 0.5 + 0.5 * (0.25 / tags[1].meta["split_sizes"]["val"]) ** 0.5
+    seen = judges([0.5, 0.5, *[needed - 1e-6] * 3])
+    assert optimised(SHORT).h_s.equal(seen[0])
+    seen = judges([0.5, 0.5, needed + 1e-6, needed + 2e-6, needed + 1.5e-6])
+    assert optimised(SHORT).h_s.equal(seen[3])
+
+
+def test_students_stop_at_the_first_validation_no_better_than_the_start(optimised, judges):
+    seen = judges([0.5, 0.5, 0.9, 0.5, 0.99])
+    assert optimised(SHORT).h_s.equal(seen[2])
+    assert len(seen) == 4
+
+
+def test_against_the_kernel_the_best_validated_stays(optimised, judges):
+    """With the temperature that it had."""
+    alone = replace(SHORT, two_stage=replace(SHORT.two_stage, feature_steps=6, student_steps=0))
+    alone = replace(alone, outer=OuterConfig(targets="labels", loss="ce"))
+    seen = judges([0.1, 0.9, 0.9, 0.3])
+    found = optimised(alone)
+    assert found.h_s.equal(seen[1])
+    judges([0.1, 0.9])
+    stopped = optimised(replace(alone, two_stage=replace(alone.two_stage, feature_steps=2)))
+    assert found.log_temperature == stopped.log_temperature != Objective.initial_log_temperature
+
+
+def test_a_step_is_relative_to_the_size_of_the_encodings(optimised, judges):
+    """Adam's first step is its rate, whatever the gradient."""
+    seen = judges([0.1, 0.2])
+    optimised(replace(SHORT, two_stage=replace(SHORT.two_stage, feature_steps=1, student_steps=0, validate_every=1)))
+    moved, size = (seen[1] - seen[0]).abs().max(), seen[0].square().mean().sqrt()
+    assert float(moved) == pytest.approx(0.05 * float(size), rel=1e-3)
+
+
+def test_judges_are_so_many_fresh_students_of_softened_labels(start, monkeypatch):
+    fitted, scores = [], iter([0.2, 0.4, 0.9])
+    monkeypatch.setattr(encodings, "fit_encodings", lambda _, __, labels, ___, seed: fitted.append((seed, labels)))
+    monkeypatch.setattr(encodings, "student_accuracy", lambda *_: next(scores))
+    assert encodings.judged(None, *start, replace(SHORT, seed=7), 3) == pytest.approx(0.5)
+    assert [seed for seed, _ in fitted] == [7, 8, 9]
+    assert all(labels.equal(smoothed(start[1], 0.1)) for _, labels in fitted)
+
+
+def test_every_block_of_students_sees_every_fold(table_encoder, make_pool, start, monkeypatch):
+    pool, seen = make_pool(table_encoder(), 1, architecture="sgc"), set()
+    monkeypatch.setattr(Objective, "folds", lambda *_: 2)
+    grads = pool.student_grads
+    monkeypatch.setattr(pool, "student_grads", lambda s, loss: seen.add((loss.block, loss.fold)) or grads(s, loss))
+    for step in range(4):
+        student_gradient(pool, *start, CONFIG, step)  # two blocks
+    assert len(seen) == 4
+
+
+def test_a_row_is_predicted_by_its_own_block_alone(table_encoder, make_pool, start):
+    """So that the counts of all blocks sum to the rows of the split."""
+    pool = make_pool(table_encoder(), 2, architecture="sgc")
+    counts = Objective(pool, CONFIG).krr_counts(*start, "val")
+    assert counts.sum() == pool.tag.meta["split_sizes"]["val"]
+
+
+def test_folds_are_of_all_rows_with_a_teacher_and_of_a_block_s_share(table_encoder, make_pool):
+    pool = make_pool(table_encoder(), 1)
+    meta = pool.tag.meta
+
+    def folds(targets, block):
+        outer = OuterConfig(rows=16, targets=targets)
+        return Objective(pool, DistillConfig(kernel=KernelConfig(block=block), outer=outer)).folds(32)
+
+    assert folds("teacher", 0) == round(meta["num_nodes"] / 16)
+    assert folds("labels", 0) == round(meta["split_sizes"]["train"] / 16) != folds("teacher", 0)
+    assert folds("teacher", 16) == round(meta["num_nodes"] / 32)

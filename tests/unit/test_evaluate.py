@@ -234,14 +234,6 @@ def test_scores_by_hand():
     assert macro_f1(np.array([[2, 0, 0], [0, 3, 0], [0, 0, 0]])) == 1.0  # a class without nodes does not count
 
 
-def test_macro_f1_is_that_of_scikit_learn():
-    from sklearn.metrics import confusion_matrix, f1_score
-
-    rng = np.random.default_rng(0)
-    true, predicted = rng.integers(0, 4, 99), rng.integers(0, 4, 99)
-    assert macro_f1(confusion_matrix(true, predicted)) == pytest.approx(f1_score(true, predicted, average="macro"))
-
-
 def test_the_table_and_retention():
     rows = [Row("synthetic", 7, 1200, (0.8, 0.9), (0.7, 0.7), (0.8, 0.8), 0.81),
             Row("full", 1000, 99, (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), None)]  # fmt: skip

@@ -281,3 +281,89 @@ def test_dropout_of_nothing_and_of_nearly_everything():
     ones = torch.ones(99, 7)
     assert dropped(ones, 0.0).equal(ones)
     assert dropped(ones, 1 - 1e-9).isfinite().all()
+
+
+# -- the law of a pass ----------------------------------------------------------------------------------------
+
+
+class OneNumber:
+    """An encoder whose only adapter is one number."""
+
+    def __init__(self):
+        self.number = torch.nn.Parameter(torch.ones(1))
+
+    def adapter_parameters(self):
+        return {"a": self.number}
+
+    def adapters(self):
+        return {"a": self.number.detach().numpy().copy()}
+
+    def load_adapters(self, adapters):
+        pass
+
+
+def test_selection_is_without_dropout_and_training_with_it():
+    student, modes = Student(CALM, 4, C, 0), []
+
+    def step(_):
+        modes.append(student.training)
+        return torch.tensor(1.0)
+
+    config = InnerConfig(passes=4, select_every=2, target_loss=0.0)
+    train(step, student, config, seed=0, select=lambda s: modes.append(s.training) or 0.5)
+    assert modes == [True, True, False, True, True, False]
+
+
+def test_adapters_are_validated_as_often_as_their_setting_says():
+    config, asked = InnerConfig(passes=8, select_every=2, adapter_select_every=3, target_loss=0.0), []
+
+    def select(_):
+        asked.append(0)
+        return 0.5
+
+    for encoder, looks in ((OneNumber(), 3), (None, 4)):  # and at the end
+        asked.clear()
+        train(lambda _: torch.tensor(1.0), Student(CALM, 4, C, 0), config, encoder=encoder, seed=0, select=select)
+        assert len(asked) == looks
+
+
+def test_weight_decay_is_the_student_s_alone():
+    """Without any gradient AdamW only decays."""
+    encoder, student = OneNumber(), Student(CALM, 4, C, 0)
+    before = [p.detach().clone() for p in student.parameters()]
+
+    def step(_):
+        for p in [*student.parameters(), encoder.number]:
+            p.grad = torch.zeros_like(p)
+        return torch.tensor(1.0)
+
+    config = InnerConfig(passes=1, gnn_lr=0.1, adapter_lr=0.1, weight_decay=0.5)
+    train(step, student, config, encoder=encoder, seed=0, select=lambda _: 1.0)
+    for was, p in zip(before, student.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), was * (1 - 0.1 * 0.5))
+    assert float(encoder.number) == 1.0
+
+
+def test_each_pass_and_batch_has_a_dropout_of_its_own(make_encoder, synthetic, monkeypatch):
+    encoder, seeds = make_encoder(adapters=True, dropout=0.5), []
+    forward = encoder.forward_embeds
+
+    def noted(x, mask=None, seed=None, *rest):
+        seeds.append(seed)
+        return forward(x, mask, seed, *rest)
+
+    monkeypatch.setattr(encoder, "forward_embeds", noted)
+    encoder.fit(Student(CALM, encoder.width, C, 0), *synthetic, InnerConfig(passes=3, target_loss=0.0), batch=4, seed=4)
+    drawn = [seed for seed in seeds if seed is not None]
+    assert len(set(drawn)) == len(drawn) == 3 * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_before_every_linear_layer(kind, monkeypatch):
+    student, seen = Student(StudentConfig(kind=kind, hidden=16, dropout=0.5), 8, C, 0), []
+    monkeypatch.setattr("talk_dist.models.gnn.dropped", lambda x, share: seen.append((x.shape[1], share)) or x)
+    student.train()(torch.randn(5, 8))
+    widths = [8] if kind == "sgc" else [8, 16]
+    assert seen == [(width, 0.5) for width in widths]
+    student.eval()(torch.randn(5, 8))
+    assert len(seen) == len(widths)

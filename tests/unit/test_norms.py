@@ -90,3 +90,11 @@ def test_norms_do_not_depend_on_the_row_order_of_a_matrix(graph):
     part = node_norms(z[torch.from_numpy(outer).long()], [p[middle][:, outer], p[wanted][:, middle]])
     for mine, theirs, rows in zip(part, whole, (outer, middle, wanted), strict=True):
         torch.testing.assert_close(mine, theirs[torch.from_numpy(rows).long()], rtol=1e-12, atol=0)
+
+
+def test_norms_in_batches_are_those_at_once(graph, monkeypatch):
+    h_t, _ = graph.encodings()
+    whole = norms_of(graph, h_t, 2)
+    monkeypatch.setattr("talk_dist.kernel.sntk._BATCH_ELEMENTS", 1)
+    for one, other in zip(norms_of(graph, h_t, 2), whole, strict=True):
+        torch.testing.assert_close(one, other)

@@ -121,3 +121,17 @@ def test_settings_are_checked():
         SyntheticConfig(settle_passes=0)
     with pytest.raises(ConfigError, match="gain"):
         SyntheticConfig(gain=0.0)
+
+
+def test_numbers_are_rounded_little_by_little(monkeypatch):
+    settling, x = linear(2)
+    free, fit = [], Settling.fit
+
+    def counted(self, x, still, *rest):
+        free.append(int(still.sum()))
+        return fit(self, x, still, *rest)
+
+    monkeypatch.setattr(Settling, "fit", counted)
+    settling.run(x, 60, lambda *_: None)
+    assert free == sorted(free, reverse=True)
+    assert len(set(free)) >= 5

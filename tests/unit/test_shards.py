@@ -579,3 +579,61 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path):
     fields.blank("H", 2)
     with pytest.raises(ConfigError, match=r'kernel\.fields = "disk": field H has the value 7e\+04.*set kernel\.fields'):
         fields.put("H", slice(0, 1), slice(None), np.array([[1.0, -7e4]]))
+
+
+# -- pieces, and ends in between ------------------------------------------------------------------------------
+
+
+def test_sums_in_pieces_are_those_at_once(table_encoder, make_pool, monkeypatch):
+    teacher, student = (StudentState.of(Student(StudentConfig(hidden=16), 8, 3, seed).eval()) for seed in (1, 2))
+    rng, found = np.random.default_rng(0), []
+    h_s, dual, loss = rng.normal(size=(9, 8)), rng.normal(size=(9, 3)), LossSpec("ce", targets="teacher")
+    for small in (False, True):
+        if small:
+            for name, rows in (("SUMMED_ROWS", 5), ("ALONE_ROWS", 2)):
+                monkeypatch.setattr(shard_module, name, rows)
+            monkeypatch.setattr(chunks, "TILE_ROWS", 4)
+            monkeypatch.setattr(chunks, "TILE_ELEMENTS", 1)
+        pool = make_pool(table_encoder(), 2, architecture="sgc")
+        pool.learn(teacher)
+        kernel, alone = pool.loss_and_grads(h_s, dual, loss), pool.student_grads(student, loss)
+        found.append([kernel.loss, kernel.d_dual, kernel.d_hs, alone.loss, *alone.d_weights.values()])
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", ["texts", "shards", "exchange"])
+def test_an_encoding_that_broke_off_is_taken_for_no_other(make_encoder, make_pool, monkeypatch, end):
+    """Between the texts of a shard, between shards, or before neighbours have their rows: neither for the one before
+    nor for the one that it was to be."""
+    monkeypatch.setattr(shard_module, "ENCODED_ROWS", 20)
+    encoder = make_encoder(adapters=True)
+    pool = make_pool(encoder, 1 if end == "texts" else 2)
+    old = encoder.adapters()
+    new = {name: value + 0.3 for name, value in old.items()}
+
+    def fields():
+        return [shard._fields[name].copy() for shard in pool.shards for name in ("H", "Z")]
+
+    expected = {"old": fields()}
+    pool.encode(new)
+    expected["new"] = fields()
+    pool.encode(old)
+    place, name = (pool, "_exchange") if end == "exchange" else (encoder, "encode_tokens")
+    for then, adapters in (("old", old), ("new", new)):
+        calls, action = [], getattr(place, name)
+
+        def stop(*given, calls=calls, action=action):
+            calls.append(1)
+            if len(calls) == (1 if end == "exchange" else 2):
+                raise KeyboardInterrupt
+            return action(*given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                pool.encode(new)
+        pool.encode(adapters)
+        for one, two in zip(fields(), expected[then], strict=True):
+            np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
+        pool.encode(old)

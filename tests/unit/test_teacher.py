@@ -123,3 +123,18 @@ def test_shards_are_taught_once_an_encoding(make_encoder, make_pool, monkeypatch
     again = pool.student_grads(StudentState.of(student), spec)
     assert found.num_rows == pool.tag.num_nodes
     assert found.loss == again.loss
+
+
+def test_it_learns_from_training_rows_and_is_chosen_on_validation_rows(make_encoder, make_pool, monkeypatch):
+    pool, used = make_pool(make_encoder(), 1), {"drawn": set(), "accuracy": set()}
+
+    def noting(name):
+        method = getattr(module._Rows, name)
+        return lambda rows, *given: used[name].add(len(rows.label)) or method(rows, *given)
+
+    for name in used:
+        monkeypatch.setattr(module._Rows, name, noting(name))
+    trained_teacher(pool, CONFIG, nothing)
+    train, val = (pool.tag.meta["split_sizes"][split] for split in ("train", "val"))
+    assert used == {"drawn": {train}, "accuracy": {val}}
+    assert train != val

@@ -72,3 +72,9 @@ def test_unreachable_hub_is_asked_once_and_briefly(monkeypatch: pytest.MonkeyPat
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"does not load.*save_pretrained"):
         load_tokenizer(str(tmp_path))
+
+
+def test_texts_are_cut_on_the_side_that_the_tokenizer_says(encoder_folder: str) -> None:
+    tokenizer = replace(load_tokenizer(encoder_folder), truncation_side="left")
+    cut, whole = (tokenizer.encode([text], 9 - 5 * (len(text) > 9))[0] for text in ("ash0 ash1 ash2", "ash1 ash2"))
+    assert cut.tolist() == whole.tolist()
