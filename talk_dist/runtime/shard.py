@@ -41,6 +41,7 @@ from talk_dist.runtime.student_pass import StudentPass
 
 ENCODED_ROWS = 8192  # texts that are encoded, and kept, at a time
 ALONE_ROWS = 8192  # rows that a student sees at once, each by itself
+MEASURED_ENTRIES = 1 << 20  # of the adjacency, whose rows are measured at once
 SUMMED_ROWS = 1 << 14  # after so many rows single-precision sums are added to those in double precision
 
 
@@ -147,9 +148,8 @@ class Shard:
         kernel, z = self.spec.kernel, self._fields["Z"]
         levels = [np.flatnonzero(self._depth < kernel.rounds - hop) for hop in range(kernel.rounds)]
         if len(levels) == 1:  # rows by themselves
-            parts = [
-                torch.linalg.vector_norm(self._tensor(z[rows]), dim=1).cpu() for rows in self.part.stretches(1 << 20)
-            ]
+            stretches = self.part.stretches(MEASURED_ENTRIES)
+            parts = [torch.linalg.vector_norm(self._tensor(z[rows]), dim=1).cpu() for rows in stretches]
             return [torch.cat(parts)]
         matrices = [self._propagation[inner][:, outer] for outer, inner in pairwise(levels)]
         near = self._tensor(z[levels[0]]).cpu()

@@ -108,6 +108,20 @@ def test_an_epoch_of_the_joint_reference_has_every_training_node_once(make_encod
     assert max(map(len, seen)) <= 4
 
 
+def test_each_epoch_of_the_joint_reference_sees_neighbours_as_they_are_now(make_encoder, make_pool, monkeypatch):
+    encoder = make_encoder(adapters=True)
+    pool = make_pool(encoder, 1)
+    whole, seen, gathered, gather = WholeGraph(pool.tag), [], [], pool.gather
+    monkeypatch.setattr(pool, "gather", lambda: gathered.append(gather()) or gathered[-1])
+    student = Student(StudentConfig(hidden=16), encoder.width, len(pool.tag.classes), 0)
+    student.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach().clone()))
+    recipe = dataclasses.replace(quick().recipe, adapter_lr=0.05)
+    fit_full(encoder, student, pool, whole, recipe, 2, seed=0)
+    others = np.setdiff1d(np.arange(len(gathered[0])), whole.train)
+    np.testing.assert_array_equal(seen[-1][others], gathered[1][others])
+    assert not np.array_equal(gathered[1], gathered[0])
+
+
 def test_a_graph_without_test_nodes_is_refused(make_encoder, make_pool, prepare_graph, graph):
     split = ["val" if part == "test" else part for part in graph.split]
     nodes = graph.nodes.set_column(graph.nodes.column_names.index("split"), "split", pa.array(split))

@@ -361,3 +361,14 @@ def test_cls_pooling_runs_the_last_layer_for_one_position(make_encoder, tokens, 
 
 def test_other_pooling_leaves_the_last_layer_alone(make_encoder):
     assert "forward" not in make_encoder(pooling="mean").model.encoder.layer[-1].__dict__
+
+
+def test_alpha_scales_what_adapters_add(make_encoder, tokens):
+    """In first order: twice the alpha, twice the change."""
+    plain, changes = make_encoder().encode_tokens(tokens), []
+    for alpha in (4, 8):
+        encoder = make_encoder(adapters=True, alpha=alpha)
+        little = {name: value + 1e-2 * ("lora_B" in name) for name, value in encoder.adapters().items()}
+        encoder.load_adapters(little)
+        changes.append(encoder.encode_tokens(tokens) - plain)
+    assert np.linalg.norm(changes[1] - 2 * changes[0]) < 0.1 * np.linalg.norm(changes[1])

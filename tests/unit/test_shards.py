@@ -590,7 +590,7 @@ def test_sums_in_pieces_are_those_at_once(table_encoder, make_pool, monkeypatch)
     h_s, dual, loss = rng.normal(size=(9, 8)), rng.normal(size=(9, 3)), LossSpec("ce", targets="teacher")
     for small in (False, True):
         if small:
-            for name, rows in (("SUMMED_ROWS", 5), ("ALONE_ROWS", 2)):
+            for name, rows in (("SUMMED_ROWS", 5), ("ALONE_ROWS", 2), ("MEASURED_ENTRIES", 20)):
                 monkeypatch.setattr(shard_module, name, rows)
             monkeypatch.setattr(chunks, "TILE_ROWS", 4)
             monkeypatch.setattr(chunks, "TILE_ELEMENTS", 1)
@@ -637,3 +637,12 @@ def test_an_encoding_that_broke_off_is_taken_for_no_other(make_encoder, make_poo
         for one, two in zip(fields(), expected[then], strict=True):
             np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
         pool.encode(old)
+
+
+@pytest.mark.parametrize("architecture", ["sgc", "gcn"])
+def test_a_chunk_s_block_fits_its_memory(table_encoder, make_pool, architecture):
+    shard = make_pool(table_encoder(), 1, architecture=architecture, chunk_mib=1, precision="float32").shards[0]
+    columns = (1 << 20) // (4 * chunks.LIVE_BUFFERS) // 5  # five rows of it
+    cut = shard._chunks.of("train", columns)
+    assert max(len(chunk.rows) for chunk in cut) <= 5
+    assert sum(len(chunk.rows) for chunk in cut) == len(shard.part.rows_of("train"))
