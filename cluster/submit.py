@@ -153,21 +153,25 @@ def validate(words: Sequence[str]) -> None:
             )
 
 
+def jobs_of(client: Any, address: str) -> dict[str, Any]:
+    """What the cluster knows of the jobs that were submitted to it, by id."""
+    with plainly(address):
+        return {details.submission_id: details for details in client.list_jobs() if details.submission_id}
+
+
 def refuse_second(client: Any, job: str, address: str) -> None:
     """Raises ConfigError if there is a job of that id already."""
-    with plainly(address):
-        known = {details.submission_id: details.status for details in client.list_jobs()}
+    known = jobs_of(client, address)
     if job in known:
         raise ConfigError(
-            f"--job-id {job}: the cluster has a job of this id already ({known[job].value}); choose another id (the "
-            f"same --out goes on where the job ended), or follow that one with --logs {job}"
+            f"--job-id {job}: the cluster has a job of this id already ({known[job].status.value}); choose another id "
+            f"(the same --out goes on where the job ended), or follow that one with --logs {job}"
         )
 
 
 def details_of(client: Any, job: str, address: str) -> Any:
     """What the cluster knows of a job. Raises ConfigError, which lists the jobs there are if it is none of them."""
-    with plainly(address):
-        jobs = {details.submission_id: details for details in client.list_jobs() if details.submission_id}
+    jobs = jobs_of(client, address)
     if job not in jobs:
         recent = ", ".join(list(jobs)[-5:]) or "none"
         raise ConfigError(f"{address} has no job {job!r}; its jobs: {recent}")

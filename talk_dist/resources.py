@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from talk_dist.schema import check, check_types
+from talk_dist.schema import at_least, check, check_types, positive
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         check_types("runtime", self)
-        check("runtime", threads=(self.threads >= 0, self.threads, "not negative"))
+        check("runtime", **at_least(0, self, "threads"))
 
     def cache_for(self, path: str) -> str:
         """The folder of encodings for the prepared TAG at ``path``; empty: they are not kept."""
@@ -57,12 +57,10 @@ class ClusterConfig:
         check_types("cluster", self)
         check(
             "cluster",
-            actors=(self.actors >= 0, self.actors, "not negative"),
-            cpus=(self.cpus >= 0, self.cpus, "not negative"),
             gpus=(self.gpus >= 0 or self.gpus == -1, self.gpus, "not negative, or -1"),
-            memory_gib=(self.memory_gib >= 0, self.memory_gib, "not negative"),
-            wait_seconds=(self.wait_seconds > 0, self.wait_seconds, "positive"),
-            attempts=(self.attempts >= 1, self.attempts, "at least 1"),
+            **at_least(0, self, "actors", "cpus", "memory_gib"),
+            **at_least(1, self, "attempts"),
+            **positive(self, "wait_seconds"),
         )
 
 
@@ -87,8 +85,7 @@ class DeepSpeedConfig:
         check_types("deepspeed", self)
         check(
             "deepspeed",
-            workers=(self.workers >= 0, self.workers, "not negative"),
-            cpus=(self.cpus >= 0, self.cpus, "not negative"),
+            **at_least(0, self, "workers", "cpus"),
             gpus=(self.gpus >= 0 and float(self.gpus).is_integer(), self.gpus, "a whole number"),
             encode_texts=(not self.encode_texts or self.workers > 0, self.encode_texts, "needs deepspeed.workers"),
         )

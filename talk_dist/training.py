@@ -101,12 +101,12 @@ class EvaluateConfig:
         check_types("evaluation", self)
         check(
             "evaluation",
-            seeds=(self.seeds >= 1, self.seeds, "at least 1"),
+            **at_least(1, self, "seeds"),
             full_lr=(bool(self.full_lr) and min(self.full_lr) > 0, self.full_lr, "learning rates above 0"),
             full_label_smoothing=(
                 bool(self.full_label_smoothing) and all(0 <= share < 1 for share in self.full_label_smoothing),
                 self.full_label_smoothing,
                 "shares in [0, 1)",
             ),
-            full_epochs=(self.full_epochs >= 0, self.full_epochs, "not negative"),
+            **at_least(0, self, "full_epochs"),
         )

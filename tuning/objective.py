@@ -17,7 +17,7 @@ import torch
 
 from talk_dist.commands import preflight
 from talk_dist.commands.place import place
-from talk_dist.commands.runs import identity
+from talk_dist.commands.runs import CHECKPOINT, identity
 from talk_dist.commands.tune import Tune
 from talk_dist.config import DistillConfig
 from talk_dist.data import storage
@@ -100,7 +100,7 @@ def run_trial(spec: TrialSpec, report: Report) -> dict[str, Any]:
         preflight.check_encoder(encoder, config.synthetic.tokens, tag, problems)
         problems.done()
         plan = preflight.planned(tag, config, None)
-        path = storage.join(spec.folder, "checkpoint.safetensors")
+        path = storage.join(spec.folder, CHECKPOINT)
         pool = where.pool(tag, encoder, plan, Checkpoint(path, {}).threads)
         if spec.ladder and "kernel.ridge" not in spec.point:
             ridge = choose_ridge(pool, encoder, config, spec.ladder)

@@ -183,14 +183,10 @@ def evaluation(
 
 def _chosen(rows: Sequence[Row]) -> str:
     full = next((row.chosen for row in rows if row.chosen), None)
-    return (
-        ""
-        if full is None
-        else (
-            f"Full: learning rate {full['gnn_lr']:g} and label smoothing {full['label_smoothing']:g}, chosen on the "
-            "validation nodes. "
-        )
-    )
+    if full is None:
+        return ""
+    chosen = f"learning rate {full['gnn_lr']:g} and label smoothing {full['label_smoothing']:g}"
+    return f"Full: {chosen}, chosen on the validation nodes. "
 
 
 def machine() -> str:
