@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -63,11 +63,10 @@ class Laboratory:
         pairs = list(itertools.product(plan.data, plan.splits))
         self._check_tables(pairs)
         tags = {pair: self._prepared(pair[0], plan.data[pair[0]], pair[1], encoder) for pair in pairs}
-        cells = {pair: list(self._cells(*pair)) for pair in pairs}
-        self._check(tags, cells)
-        for pair, tag in tags.items():
-            for cell in cells[pair]:
-                yield from self._rows(cell, tag)
+        cells = [(cell, tags[pair]) for pair in pairs for cell in self._cells(*pair)]
+        self._check([(cell, tag) for cell, tag in cells if not all(self._known(cell, tag).values())])
+        for cell, tag in cells:
+            yield from self._rows(cell, tag)
 
     def _cells(self, data: str, seed: int) -> Iterator[Cell]:
         """Of one split: the references, of students trained on everything, and what is compared with them."""
@@ -92,20 +91,19 @@ class Laboratory:
     def _graph(self, data: str, seed: int) -> str:
         return self.folder.path("prepared", f"{data}-{seed}")
 
-    def _check(self, tags: Mapping[Pair, PreparedTag], cells: Mapping[Pair, Sequence[Cell]]) -> None:
+    def _check(self, cells: Sequence[tuple[Cell, PreparedTag]]) -> None:
         """Raises one ConfigError that lists every cell that cannot be made, before the first is."""
-        # a language model that needs workers of its own is not loaded here, and checked with the first cell
-        encoder = None if self.plan.settings.deepspeed.workers else load_encoder(self.plan.settings.encoder)
-        wrong = []
-        for pair, tag in tags.items():
-            for cell in cells[pair]:
-                config, problems = cell.config(len(tag.classes)), preflight.Problems()
-                preflight.check_tag(tag, config, ("val", "test"), problems)
-                if encoder is not None and cell.method.kind in ("distill", FULL):
-                    preflight.check_encoder(encoder, config.synthetic.tokens, tag, problems)
-                problems.attempt(partial(cell.check, tag))
-                problems.attempt(partial(preflight.check_memory, tag, config, EvaluateConfig()))
-                wrong += [f"{cell.data}, {cell.method.name}, size {cell.size:g}: {e}" for e in problems.errors]
+        settings, wrong = self.plan.settings, list[str]()
+        # a language model that needs workers of its own is not loaded here, but checked with the first cell
+        encoder = load_encoder(settings.encoder) if cells and not settings.deepspeed.workers else None
+        for cell, tag in cells:
+            config, problems = cell.config(len(tag.classes)), preflight.Problems()
+            preflight.check_tag(tag, config, ("val", "test"), problems)
+            if encoder is not None and cell.method.kind in ("distill", FULL):
+                preflight.check_encoder(encoder, config.synthetic.tokens, tag, problems)
+            problems.attempt(partial(cell.check, tag))
+            problems.attempt(partial(preflight.check_memory, tag, config, EvaluateConfig()))
+            wrong += [f"{cell.data}, {cell.method.name}, size {cell.size:g}: {error}" for error in problems.errors]
         if wrong:
             raise ConfigError("\n".join(dict.fromkeys(wrong)))
 
@@ -125,7 +123,7 @@ class Laboratory:
     def _rows(self, cell: Cell, tag: PreparedTag) -> Iterator[Record]:
         """One a student, in the order of the plan."""
         config, full = cell.config(len(tag.classes)), cell.method.kind == FULL
-        known = {student: self._row(cell, student, tag) for student in self.plan.students}
+        known = self._known(cell, tag)
         if all(known.values()):
             yield from (row for row in known.values() if row)
             return
@@ -179,6 +177,9 @@ class Laboratory:
         if student:
             tree["evaluation"] = dataclasses.asdict(self._evaluation(student))
         return dict(json.loads(json.dumps(tree)))
+
+    def _known(self, cell: Cell, tag: PreparedTag) -> dict[str, Record | None]:
+        return {student: self._row(cell, student, tag) for student in self.plan.students}
 
     def _row(self, cell: Cell, student: str, tag: PreparedTag) -> Record | None:
         path = self.folder.path("rows", f"{cell.name}-{student}.json")
