@@ -140,7 +140,7 @@ def test_gpus_of_workers_and_of_other_runs_are_not_given_twice(monkeypatch, work
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}} for _ in range(4)]
     monkeypatch.setattr(session.ray, "nodes", lambda: nodes)
     config = DistillConfig(deepspeed=DeepSpeedConfig(workers=workers, gpus=1.0))
-    found = RaySession(config, ExitStack()).allotment(SimpleNamespace(num_parts=4), lambda parts: 1, runs)
+    found = RaySession(config, ExitStack()).allotment(SimpleNamespace(num_parts=4), PLAN, runs)
     assert (len(found.parts), found.gpus) == (actors, gpus)
     assert nodes[0]["Resources"] == {"CPU": 8.0, "GPU": 1.0}
 
@@ -150,7 +150,7 @@ def test_a_cluster_that_starts_workers_when_asked_says_what_it_cannot_know(monke
 
     def allotted(**cluster):
         config = DistillConfig(cluster=ClusterConfig(**cluster))
-        return RaySession(config, ExitStack()).allotment(SimpleNamespace(num_parts=4), lambda parts: 1)
+        return RaySession(config, ExitStack()).allotment(SimpleNamespace(num_parts=4), PLAN)
 
     assert (allotted().cpus, allotted().gpus) == (1, 0)
     assert "say what your nodes have with --cluster.cpus and --cluster.gpus" in capsys.readouterr().err
