@@ -12,7 +12,6 @@ from talk_dist.compare.plan import Method, file_name
 from talk_dist.config import BITS, DistillConfig, InnerConfig
 from talk_dist.data.tag import PreparedTag
 from talk_dist.distill import describe, distill
-from talk_dist.errors import ConfigError
 from talk_dist.models.inner import smoothed
 from talk_dist.models.protocol import Encoder
 from talk_dist.runtime.callbacks import Callback
@@ -22,7 +21,7 @@ from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.baselines import FEATURE_LEVEL
 from talk_dist.synthetic.coresets import sample_for
 from talk_dist.synthetic.decode import exact_tokens
-from talk_dist.synthetic.init import choose, class_counts, fit_texts
+from talk_dist.synthetic.init import check_texts, choose, class_counts, fit_texts
 from talk_dist.synthetic.settle import settle
 from talk_dist.training_sets import TrainingSet, coreset_tag, encoded_set, token_set
 
@@ -61,8 +60,8 @@ class Cell:
 
     def check(self, tag: PreparedTag) -> None:
         """Raises ConfigError if this needs texts and ``tag`` has none."""
-        if self.method.invert and tag.encoding_width is not None:
-            raise ConfigError(f"{tag.path} brings encodings, and no tokens to invert anything into; leave `invert` out")
+        if self.method.invert:
+            check_texts(tag)
 
     def make(
         self, tag: PreparedTag, pool: ShardPool, encoder: Encoder, tell: Callback, checkpoint: Checkpoint

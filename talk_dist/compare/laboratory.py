@@ -64,9 +64,10 @@ class Laboratory:
         self._check_tables(pairs)
         tags = {pair: self._prepared(pair[0], plan.data[pair[0]], pair[1], encoder) for pair in pairs}
         cells = [(cell, tags[pair]) for pair in pairs for cell in self._cells(*pair)]
-        self._check([(cell, tag) for cell, tag in cells if not all(self._known(cell, tag).values())])
-        for cell, tag in cells:
-            yield from self._rows(cell, tag)
+        known = [self._known(cell, tag) for cell, tag in cells]
+        self._check([cell for cell, rows in zip(cells, known, strict=True) if not all(rows.values())])
+        for (cell, tag), rows in zip(cells, known, strict=True):
+            yield from self._rows(cell, tag, rows)
 
     def _cells(self, data: str, seed: int) -> Iterator[Cell]:
         """Of one split: the references, of students trained on everything, and what is compared with them."""
@@ -120,31 +121,24 @@ class Laboratory:
 
     # -- one cell -----------------------------------------------------------------------------------------
 
-    def _rows(self, cell: Cell, tag: PreparedTag) -> Iterator[Record]:
-        """One a student, in the order of the plan."""
-        config, full = cell.config(len(tag.classes)), cell.method.kind == FULL
-        known = self._known(cell, tag)
+    def _rows(self, cell: Cell, tag: PreparedTag, known: dict[str, Record | None]) -> Iterator[Record]:
+        """One a student, in the order of the plan; those that are ``known`` as they are."""
+        config, facts = cell.config(len(tag.classes)), Record()
         if all(known.values()):
             yield from (row for row in known.values() if row)
             return
         with self._opened(tag, config, self._work(cell)) as (pool, encoder):
-            facts: Record = {}
-            if full:
-                whole = WholeGraph(tag)
+            if cell.method.kind == FULL:
+                self._encode_afresh(pool, encoder)
+                trained = partial(reference, WholeGraph(tag))
             else:
                 made = self._made(cell, tag, pool, encoder, config)
-                facts = {"seconds": made.metrics["made"]["seconds"]}
-            self._encode_afresh(pool, encoder)
-            if not full:
-                trained_on = training_set(cell, made, pool, encoder, config, EvaluateConfig().recipe)
+                facts["seconds"] = made.metrics["made"]["seconds"]
+                self._encode_afresh(pool, encoder)
+                trained = partial(score, training_set(cell, made, pool, encoder, config, EvaluateConfig().recipe))
             for student, row in known.items():
                 if row is None:
-                    evaluation = self._evaluation(student)
-                    scored = (
-                        reference(whole, pool, encoder, evaluation, self.tell.progress)
-                        if full
-                        else score(trained_on, pool, encoder, evaluation, self.tell.progress)
-                    )
+                    scored = trained(pool, encoder, self._evaluation(student), self.tell.progress)
                     row = self._keep(cell, student, tag, scored, facts)
                 yield row
 

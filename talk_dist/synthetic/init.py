@@ -106,11 +106,16 @@ def initialise(
     return Start(x_s, y_s, found.log_temperature, found.history)
 
 
+def check_texts(tag: PreparedTag) -> None:
+    """Raises ConfigError if ``tag`` brings encodings."""
+    if tag.encoding_width is not None:
+        reason = "brings encodings in place of texts: there are none to choose, and no tokens to invert anything into"
+        raise ConfigError(f"{tag.path} {reason}; leave `invert` out")
+
+
 def choose(pool: ShardPool, sample: TrainSample, counts: np.ndarray, how: str, config: DistillConfig) -> TokenLists:
     """The M texts that the coreset ``how`` chooses. Raises ConfigError if the graph has none."""
-    if pool.tag.encoding_width is not None:
-        reason = "brings encodings in place of texts: there are none to choose, and no tokens to invert anything into"
-        raise ConfigError(f"{pool.tag.path} {reason}; leave `invert` out")
+    check_texts(pool.tag)
     blocks = config.kernel.blocks(int(counts.sum()))
     return pool.tokens(sample.place[select(sample, counts, how, config.seed, blocks)])
 
