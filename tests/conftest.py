@@ -9,7 +9,7 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  by Ray's own 15 actors 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,6 +62,12 @@ class ToyGraph:
         rng = np.random.default_rng(seed)
         h_t, h_s = rng.normal(size=(len(self.label), width)), rng.normal(size=(synthetic, width)) + 0.3
         return torch.from_numpy(h_t), torch.from_numpy(h_s)
+
+    def with_encodings(self, width):
+        """The same graph, but its nodes bring encodings, by class, in place of texts: no process loads transformers."""
+        x = np.random.default_rng(0).normal(size=(len(self.label), width)) + self.label[:, None]
+        column = pa.array(x.tolist(), pa.list_(pa.float32(), width))
+        return replace(self, nodes=self.nodes.drop_columns(["text"]).append_column("encoding", column))
 
     def permuted(self, seed):
         """The same graph: node rows and edges in another order, edges also turned round and repeated."""

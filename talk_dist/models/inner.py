@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from talk_dist.config import InnerConfig
 from talk_dist.errors import ConfigError
-from talk_dist.models.gnn import Student
+from talk_dist.models.gnn import Student, drawing
 from talk_dist.models.protocol import Adapters, FitResult, Progress, Select
 
 
@@ -153,8 +153,7 @@ def train(
     best, best_value, best_loss, stale, worse, index = None, selected, math.inf, 0, 0, 0
     if selected > -math.inf:
         best = _snapshot(student, encoder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing(seed):
         for index in range(1, passes + 1):
             if progress:
                 progress(index - 1, passes)

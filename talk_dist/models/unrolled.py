@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
-from talk_dist.models.gnn import Student
+from talk_dist.models.gnn import Student, drawing
 from talk_dist.models.inner import diverged, soft_labels
 from talk_dist.training import InnerConfig
 
@@ -34,15 +34,14 @@ class Unrolled:
         weights = parameters_to_vector(student.parameters()).detach().to(h_s)
         first, second = torch.zeros_like(weights), torch.zeros_like(weights)
         self._trail: list[tuple[Tensor, Tensor, Tensor]] = []  # before each pass
-        with torch.random.fork_rng(devices=[]):
-            for index in range(1, passes + 1):
-                self._trail.append((weights, first, second))
-                gradient, _, _ = self._gradient(index, weights)
-                if not bool(gradient.isfinite().all()):
-                    raise diverged(float("nan"), index)
-                first, second = _moments(first, second, gradient)
-                step = first / _bias(BETA_1, index) / ((second / _bias(BETA_2, index)).sqrt() + EPSILON)
-                weights = self._kept_share * weights - config.gnn_lr * step
+        for index in range(1, passes + 1):
+            self._trail.append((weights, first, second))
+            gradient, _, _ = self._gradient(index, weights)
+            if not bool(gradient.isfinite().all()):
+                raise diverged(float("nan"), index)
+            first, second = _moments(first, second, gradient)
+            step = first / _bias(BETA_1, index) / ((second / _bias(BETA_2, index)).sqrt() + EPSILON)
+            weights = self._kept_share * weights - config.gnn_lr * step
         self._last = weights
 
     @property
@@ -60,22 +59,21 @@ class Unrolled:
         rate = self._config.gnn_lr
         d_w = torch.cat([d_weights[name].to(self._last).flatten() for name in self._shapes])
         d_first, d_second, d_hs = torch.zeros_like(d_w), torch.zeros_like(d_w), torch.zeros_like(self._h_s)
-        with torch.random.fork_rng(devices=[]):
-            for index in range(len(self._trail), 0, -1):
-                weights, first, second = self._trail[index - 1]
-                gradient, leaf, h_s = self._gradient(index, weights, keep=True)
-                g = gradient.detach()
-                first, second = _moments(first, second, g)
-                bias_1, bias_2 = _bias(BETA_1, index), _bias(BETA_2, index)
-                root = (second / bias_2).sqrt()
-                scale = rate / (bias_1 * (root + EPSILON))
-                d_first = d_first - scale * d_w
-                slope = torch.where(root > 0, scale * first / (root + EPSILON) / (2.0 * bias_2 * root), 0.0)
-                d_second = d_second + slope * d_w
-                d_g = (1.0 - BETA_1) * d_first + 2.0 * (1.0 - BETA_2) * g * d_second
-                through_w, through_h = torch.autograd.grad(gradient, [leaf, h_s], d_g)
-                d_w = self._kept_share * d_w + through_w
-                d_first, d_second, d_hs = BETA_1 * d_first, BETA_2 * d_second, d_hs + through_h
+        for index in range(len(self._trail), 0, -1):
+            weights, first, second = self._trail[index - 1]
+            gradient, leaf, h_s = self._gradient(index, weights, keep=True)
+            g = gradient.detach()
+            first, second = _moments(first, second, g)
+            bias_1, bias_2 = _bias(BETA_1, index), _bias(BETA_2, index)
+            root = (second / bias_2).sqrt()
+            scale = rate / (bias_1 * (root + EPSILON))
+            d_first = d_first - scale * d_w
+            slope = torch.where(root > 0, scale * first / (root + EPSILON) / (2.0 * bias_2 * root), 0.0)
+            d_second = d_second + slope * d_w
+            d_g = (1.0 - BETA_1) * d_first + 2.0 * (1.0 - BETA_2) * g * d_second
+            through_w, through_h = torch.autograd.grad(gradient, [leaf, h_s], d_g)
+            d_w = self._kept_share * d_w + through_w
+            d_first, d_second, d_hs = BETA_1 * d_first, BETA_2 * d_second, d_hs + through_h
         return d_hs
 
     @property
@@ -85,9 +83,9 @@ class Unrolled:
     def _gradient(self, index: int, weights: Tensor, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The loss's gradient in one pass, whose dropout depends on its number alone, and the leaves that it is a
         function of, to be differentiated again if ``keep``."""
-        torch.manual_seed(self._seed + index)
         leaf, h_s = weights.detach().requires_grad_(), self._h_s.detach().requires_grad_(keep)
-        logits = functional_call(self._student.train(), self._named(leaf), (h_s,))
+        with drawing(self._seed + index):
+            logits = functional_call(self._student.train(), self._named(leaf), (h_s,))
         (gradient,) = torch.autograd.grad(cross_entropy(logits, self._targets), leaf, create_graph=keep)
         return gradient, leaf, h_s
 

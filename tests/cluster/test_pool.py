@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -14,7 +12,6 @@ import torch
 from cluster.metrics import GAUGES, Gauges, samples
 from talk_dist.config import (
     DistillConfig,
-    EncoderConfig,
     InnerConfig,
     KernelConfig,
     OuterConfig,
@@ -23,7 +20,6 @@ from talk_dist.config import (
 )
 from talk_dist.distill import distill
 from talk_dist.errors import ConfigError
-from talk_dist.models.encoder import load_encoder
 from talk_dist.models.gnn import Student
 from talk_dist.resources import RuntimeConfig
 from talk_dist.runtime.boundary import LossSpec, StudentState
@@ -220,21 +216,3 @@ def test_settings_that_the_graph_cannot_serve_arrive_as_they_are(tags, make_enco
     with pytest.raises(ConfigError, match=r"kernel\.hops = 5.*prepare it again"):
         pool.encode({})
     pool.close()
-
-
-def test_given_encodings_distil_to_the_bit_of_the_local_run(graph, prepare_graph, make_ray_pool):
-    """No language model anywhere: every actor maps its own encodings."""
-    x = np.random.default_rng(0).normal(size=(len(graph.label), WIDTH)) + graph.label[:, None]
-    column = pa.array(x.tolist(), pa.list_(pa.float32(), WIDTH))
-    given = replace(graph, nodes=graph.nodes.drop_columns(["text"]).append_column("encoding", column))
-    tag, config = prepare_graph(given, parts=3, encoder="given:32"), EncoderConfig(name="given:32", device="cpu")
-    small = replace(SMALL, encoder=config, synthetic=SyntheticConfig(size=6, tokens=1))
-    encoder = load_encoder(config)
-    pool = make_ray_pool(tag, encoder, actors=2)
-    try:
-        found = distill(pool, encoder, small)
-    finally:
-        pool.close()
-    expected = distill(local_pool(tag, encoder), encoder, small)
-    assert found.token_embeds.equal(expected.token_embeds)
-    assert found.metrics["val_accuracy"] == expected.metrics["val_accuracy"]

@@ -53,13 +53,21 @@ def plain(one_ray, data, words, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(plain, tmp_path_factory):
-    """The trials of that sweep when it was done and was given a sixth, and of what it repeats afterwards."""
+def given(graph, prepare_graph):
+    """Folder of the toy graph with encodings in place of texts."""
+    return prepare_graph(graph.with_encodings(32), parts=2, encoder="given:32").path
+
+
+@pytest.fixture(scope="module")
+def whole(one_ray, given, given_words, tmp_path_factory):
+    """The trials of an undisturbed sweep of five when it was done and was given a sixth, and of what it repeats
+    afterwards."""
     out = tmp_path_factory.mktemp("whole")
-    shutil.copytree(plain[0], out / "s")
+    assert main(given_words(given, out, trials=5, name="s")) == 0
+    five = trials(out / "s")
     assert main(["tune", "--out", str(out), "--resume", "s", "--trials", "6", "--confirm", "1"]) == 0
     found = trials(out / "s")
-    assert found[:5] == trials(plain[0])
+    assert found[:5] == five
     return found
 
 
@@ -104,10 +112,10 @@ def test_encodings_are_computed_once_for_all_sweeps(plain, data, words, told, tm
     assert {row["state"] for row in trials(tmp_path / "second")} == {"complete"}
 
 
-def test_stopped_and_killed_at_random_and_gone_on_with(data, words, whole, told, tmp_path):
+def test_stopped_and_killed_at_random_and_gone_on_with(given, given_words, whole, told, tmp_path):
     """What is finished stays, nothing is lost or runs twice, and six trials at once are five and then a sixth.
     benchmarks/sweeps.py kills five times on a real graph."""
-    line = words(data, tmp_path, trials=6, name="s", confirm=1)
+    line = given_words(given, tmp_path, trials=6, name="s", confirm=1)
     completed = [f"{row['number']:05d}" for row in whole if row["state"] == "complete"]  # others may leave no folder
     for number, begun in zip((signal.SIGTERM, signal.SIGKILL), completed[1:], strict=False):
         command = [sys.executable, "-m", "talk_dist", *line]
@@ -126,11 +134,11 @@ def test_stopped_and_killed_at_random_and_gone_on_with(data, words, whole, told,
     assert trials(tmp_path / "s") == whole
 
 
-def test_trials_with_actors_say_the_same(data, words, whole, told, tmp_path):
+def test_trials_with_actors_say_the_same(data, words, plain, told, tmp_path):
     """A trial's shards live in what was reserved for it."""
     on_ray = ["--runtime.kind", "ray", "--cluster.actors", "1", "--cluster.cpus", "1"]
     told(*words(data, tmp_path, *on_ray, trials=2, name="s"))
-    assert trials(tmp_path / "s") == whole[:2]
+    assert trials(tmp_path / "s") == trials(plain[0])[:2]
 
 
 @pytest.fixture
@@ -216,10 +224,10 @@ def test_a_sweep_that_lost_its_room_says_so_and_ends(one_ray, monkeypatch, capsy
         step(5, "PENDING")
 
 
-def test_a_trial_that_fails_keeps_its_reason_and_the_sweep_goes_on(one_ray, data, words, told, tmp_path):
+def test_a_trial_that_fails_keeps_its_reason_and_the_sweep_goes_on(one_ray, given, given_words, told, tmp_path):
     space = tmp_path / "space.yaml"
     space.write_text("two_stage.feature_lr: [0.01, 1.0e+30, 2.0e+30, 3.0e+30]\nsynthetic.init: two-stage\n")
-    out, _ = told(*words(data, tmp_path, trials=4, name="s", sampler="random", space=space))
+    out, _ = told(*given_words(given, tmp_path, trials=4, name="s", sampler="random", space=space))
     rows = trials(tmp_path / "s")
     failed = [row for row in rows if row["state"] == "fail"]
     assert 0 < len(failed) < 4
@@ -229,14 +237,14 @@ def test_a_trial_that_fails_keeps_its_reason_and_the_sweep_goes_on(one_ray, data
         assert f"trial {row['number']:<4} failed: {row['reason']}" in out
 
 
-def test_a_sweep_in_which_all_fail_says_why(one_ray, data, words, told, tmp_path):
+def test_a_sweep_in_which_all_fail_says_why(one_ray, given, given_words, told, tmp_path):
     space = tmp_path / "space.yaml"
     space.write_text("two_stage.feature_lr: 1.0e+30\nsynthetic.init: two-stage\n")
-    _, err = told(*words(data, tmp_path, trials=2, space=space), code=2)
+    _, err = told(*given_words(given, tmp_path, trials=2, space=space), code=2)
     assert "talk-dist tune: all 2 trials failed: the kernel of the 6 synthetic nodes is not positive definite" in err
 
 
-def test_a_trial_whose_process_dies(data, words, whole, told, tmp_path, monkeypatch):
+def test_a_trial_whose_process_dies(given, given_words, whole, told, tmp_path, monkeypatch):
     """Once: it goes on from its checkpoint. Always: it has failed, and the next one runs. Those that are stopped early
     in between take their time to end, and the next one waits for that."""
     complete = [row["number"] for row in whole[:6] if row["state"] == "complete"]  # a stopped one may have no end
@@ -270,7 +278,7 @@ def test_a_trial_whose_process_dies(data, words, whole, told, tmp_path, monkeypa
             tune.report = report
 
     monkeypatch.setattr(sweep, "_trial", mortal)
-    told(*words(data, tmp_path, trials=always + 2, name="s"))
+    told(*given_words(given, tmp_path, trials=always + 2, name="s"))
     assert not list(tmp_path.glob("fuse*"))
     rows = trials(tmp_path / "s")
     assert rows[:always] == whole[:always]
