@@ -23,7 +23,7 @@ from cluster.dashboard import address_of, connect, plainly, probe, reach
 from cluster.main import NO_COMMAND, completed
 from talk_dist.cli import COMMANDS
 from talk_dist.commands.call import EMBEDDED
-from talk_dist.commands.settings import read
+from talk_dist.commands.settings import named, read
 from talk_dist.errors import ConfigError, TalkDistError
 from talk_dist.schema import unknown_key
 
@@ -108,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def submit(options: Options, rest: Sequence[str]) -> int:
     """Check everything here, upload, start the job, and follow it. Raises ConfigError or CapacityError."""
-    words = completed(rest)
-    validate(words)
+    words = validated(completed(rest))
     address = address_of(options.address)
     folder = Path(options.working_dir).resolve()
     if not folder.is_dir():
@@ -134,11 +133,12 @@ def submit(options: Options, rest: Sequence[str]) -> int:
     return show(client, job, address)
 
 
-def validate(words: Sequence[str]) -> None:
-    """Raises ConfigError for settings that the job would refuse, or that would lose its results."""
+def validated(words: Sequence[str]) -> list[str]:
+    """The words of a job, its settings by name. Raises ConfigError for settings that it would refuse, or that would
+    lose its results."""
     name, *arguments = words
     if name in NO_COMMAND:
-        return
+        return list(words)
     if name not in COMMANDS:
         raise unknown_key(name, list(COMMANDS))
     command, *_ = read(COMMANDS[name], arguments)
@@ -151,6 +151,7 @@ def validate(words: Sequence[str]) -> None:
                 f"--{option} {path}: a job's working directory is a copy without data and results, deleted after it; "
                 f"give an absolute path on storage that the nodes share, such as /data/{path}"
             )
+    return [name, *named(COMMANDS[name], arguments)]
 
 
 def jobs_of(client: Any, address: str) -> dict[str, Any]:

@@ -117,19 +117,17 @@ def _mib(size: int) -> str:
 
 
 def rebased(arguments: Sequence[str], folder: Path, found: Mapping[str, int] | None) -> list[str]:
-    """``arguments`` with every file of settings as the job will find it: relative to ``folder``.
+    """``arguments``, all of the form `--name=value`, with every file of settings as the job will find it: relative to
+    ``folder``.
 
     Raises ConfigError if a file lies elsewhere or is left out of the upload.
     """
-    if arguments[:1] == ["compare"] and len(arguments) > 1 and not arguments[1].startswith("--"):
-        arguments = ["compare", "--plan", *arguments[1:]]
-    words, out = iter(arguments), []
-    for word in words:
-        key, equals, value = word.partition("=")
+    out = []
+    for word in arguments:
+        key, _, given = word.partition("=")
         if key not in ("--config", "--space", "--plan"):
             out.append(word)
             continue
-        given = value if equals else next(words, "")
         path = Path(given).resolve()
         if not path.is_relative_to(folder):
             raise ConfigError(
@@ -141,5 +139,5 @@ def rebased(arguments: Sequence[str], folder: Path, found: Mapping[str, int] | N
             raise ConfigError(
                 f"{key} {given}: is left out of the upload (excludes, .gitignore or .rayignore); move it elsewhere"
             )
-        out += [key, inside]
+        out.append(f"{key}={inside}")
     return out

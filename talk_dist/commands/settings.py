@@ -75,6 +75,12 @@ def read(command: Command, arguments: list[str]) -> tuple[Any, DistillConfig | N
     return options, config, rest[0] if rest else None
 
 
+def named(command: Command, arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with every setting as `--name=value`, also one that was given by its place; files of settings
+    first. Raises ConfigError where a value is missing or left over."""
+    return _settings(list(arguments), dict(_schema(command)), command.positional)[0]
+
+
 def _raise(problems: list[str]) -> None:
     if problems:
         raise ConfigError(listed(problems))

@@ -86,7 +86,7 @@ def test_the_job_s_command_parses_and_fits_its_cluster(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     python, flag, module, *words = shlex.split(SPEC["entrypoint"].replace("/app/config", str(tmp_path)))
     assert (python, flag, module) == ("python", "-m", "cluster.main")
-    submit.validate(completed(words))
+    submit.validated(completed(words))
     options, settings, _ = read(COMMANDS["distill"], completed(words)[1:])
     assert options.resume == "auto"  # what a retry counts on
     assert SPEC["backoffLimit"] > 0
@@ -240,9 +240,9 @@ def test_commands_of_the_readme(line: str) -> None:
         options, rest = submit.parse(words[3:])
         assert options.address
         if not (options.logs or options.stop):
-            submit.validate(completed(rest))
+            submit.validated(completed(rest))
     if words[:3] == ["ray", "job", "submit"]:
-        submit.validate(completed(words[words.index("cluster.main") + 1 :]))
+        submit.validated(completed(words[words.index("cluster.main") + 1 :]))
     for path in re.findall(r"infra/[\w./-]+", line):
         assert (ROOT / path).exists()
 

@@ -200,6 +200,16 @@ def test_a_config_must_be_uploaded(told: Told, ours: str, tmp_path: Path) -> Non
     assert "--space c.yaml: lies outside of" in told(*call, *tune, "--space", "c.yaml")
 
 
+@pytest.mark.parametrize("words", [["p.yaml", "--out", "/x"], ["--out", "/x", "p.yaml"], ["--plan=p.yaml", "--out=/x"]])
+def test_a_plan_goes_by_its_place_in_the_upload(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plans").mkdir()
+    monkeypatch.chdir(tmp_path / "plans")
+    found = upload.rebased(submit.validated(["compare", *words]), tmp_path, {"plans/p.yaml": 1})
+    assert set(found) == {"compare", "--plan=plans/p.yaml", "--out=/x"}
+
+
 def test_an_upload_must_be_small(told: Told, ours: str, tmp_path: Path) -> None:
     for name, mib in (("data/a.bin", 80), ("data/b.bin", 15), ("models/c.bin", 10), ("runs/d.bin", 500)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -292,4 +302,4 @@ def test_what_a_job_adds(arguments: list[str], words: list[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [["distill", "--out", "/data/a"], ["evaluate", "/data/a"]])
 def test_what_a_job_adds_is_what_its_command_takes(arguments: list[str]) -> None:
-    submit.validate(completed(arguments))
+    submit.validated(completed(arguments))

@@ -24,7 +24,7 @@ def test_a_real_graph_is_distilled_far_beyond_its_medoids(tmp_path, real_data):
     """23 synthetic nodes beat 23 medoid texts by ten points, and what is stored is what was measured."""
     folder = real_data("cora_cane")
     config = preset()
-    config = replace(config, two_stage=replace(config.two_stage, student_steps=4, token_steps=40))
+    config = replace(config, two_stage=replace(config.two_stage, feature_steps=40, student_steps=4, token_steps=40))
     tag = prepare(
         open_tables(folder / "nodes.parquet", folder / "edges.parquet"), tmp_path / "tag", parts=2, max_tokens=32
     )
