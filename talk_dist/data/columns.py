@@ -40,5 +40,13 @@ def plain(column: pa.Array) -> pa.Array:
     return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
 
 
+def integers(column: pa.Array) -> pa.Array:
+    """The column as int64. Raises TypeError for a number that is beyond them."""
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise TypeError(f"has numbers that are too large ({error}); use signed 64-bit integers or strings") from error
+
+
 def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

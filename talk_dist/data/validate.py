@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from talk_dist.data import given
-from talk_dist.data.columns import TWICE, is_text, missing_columns, plain, whole_numbers
+from talk_dist.data.columns import TWICE, integers, is_text, missing_columns, plain, whole_numbers
 from talk_dist.data.edges import read_edges
 from talk_dist.data.splits import absent_problems, read_split, show
 from talk_dist.data.tables import NODE_COLUMNS, Source, Table
@@ -145,10 +145,10 @@ class _NodeScan:
             raise TypeError(
                 f"has {pc.sum(blank).as_py()} or more nulls (the first in row {row}); give every node an id"
             )
-        kind = pa.large_string() if is_text(column.type) else pa.int64()
-        if self.ids and self.ids[0].type != kind:
+        ids = column.cast(pa.large_string()) if is_text(column.type) else integers(column)
+        if self.ids and self.ids[0].type != ids.type:
             raise TypeError("is integers in one file and strings in another; make all of them alike")
-        self.ids.append(column.cast(kind))
+        self.ids.append(ids)
 
     def _add_texts(self, column: pa.Array) -> None:
         if not is_text(column.type) and not pa.types.is_null(column.type):
@@ -178,7 +178,7 @@ class _NodeScan:
                 odd = column.filter(pc.not_equal(pc.floor(column), column))
                 if len(odd):
                     raise TypeError(f"has fractions ({show(odd.to_pylist())}); make it integers or strings")
-            codes = column.cast(pa.int64()).fill_null(-1).to_numpy()
+            codes = integers(column).fill_null(-1).to_numpy()
             if not pa.types.is_null(kind):
                 self.label_kinds.add("integers")
         else:

@@ -85,6 +85,11 @@ BAD_NODES: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 BAD_TYPES: dict[str, tuple[dict[str, Any], list[str]]] = {  # CSV has no types to be wrong
     "float ids": ({"node_id": [0.5, 1, 2, 3, 4, 5]}, ["column node_id", "double", "integers or strings"]),
+    "huge ids": ({"node_id": pa.array([2**63, *range(5)], pa.uint64())}, ["column node_id", "too large", "64-bit"]),
+    "an endless label": (
+        {"label": [float("inf"), 1.0, 2.0, 0.0, 1.0, 2.0]},
+        ["column label", "inf", "integers or str"],
+    ),
     "null ids": ({"node_id": [10, None, 12, 13, 14, 15]}, ["column node_id", "row 1", "give every node an id"]),
     "texts are numbers": ({"text": [1, 2, 3, 4, 5, 6]}, ["column text", "int64", "make it strings"]),
     "fractional labels": ({"label": [0.5, 1.0, 2.0, 0.0, 1.0, 2.5]}, ["column label", "0.5, 2.5", "integers or str"]),
