@@ -278,6 +278,21 @@ def test_what_cannot_be_made_is_told_before_the_first_training(plan, told, tags,
     assert not (tmp_path / "out" / "prepared").exists()
 
 
+def test_nothing_is_inverted_where_there_are_no_texts(graph, prepare_graph, plan, told, tmp_path):
+    """And that is said before the first training."""
+    data = {"toy": {"prepared": prepare_graph(graph.with_encodings(32), encoder="given:32").path}}
+    settings = {"encoder.name": "given:32", "synthetic.tokens": 1, "runtime.threads": 1, "inner.passes": 5}
+    centres = {"centres": {"features": "centres"}, "inverted": {"features": "centres", "invert": True}}
+    path = plan(data=data, settings=settings, methods=centres)
+    _, err = told("compare", path, "--out", tmp_path / "out", code=2)
+    assert "toy, inverted, size 6: " in err
+    assert "brings encodings in place of texts" in err
+    assert not (tmp_path / "out" / "rows").exists()
+    told(
+        "compare", plan(data=data, settings=settings, methods={"centres": centres["centres"]}), "--out", tmp_path / "b"
+    )
+
+
 def test_a_plan_of_two_encoders_is_refused(plan, other_encoder_folder):
     two = {"a": {"coreset": "random"}, "b": {"coreset": "random", "encoder.name": other_encoder_folder}}
     for methods in (two, {"b": two["b"]}):  # the reference is one of them
