@@ -15,7 +15,7 @@ DEFAULT = "distill"
 ON_RAY = {
     "distill": {"runtime.kind": "ray", "cluster.address": "auto"},
     "tune": {"cluster.address": "auto"},
-    "evaluate": {"runtime": "ray", "address": "auto"},
+    "evaluate": {"runtime.kind": "ray", "cluster.address": "auto"},
 }
 """What a job adds to commands that use the cluster: trials are spread over it, each in one process unless told
 otherwise. The others read a folder and run in the job's own process."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from talk_dist.distill import distill
 from talk_dist.errors import ConfigError, DataError, TalkDistError
 from talk_dist.evaluate import EvaluateConfig, as_metrics, evaluate, table
 from talk_dist.models.protocol import Encoder
-from talk_dist.resources import ClusterConfig
+from talk_dist.resources import ClusterConfig, RuntimeConfig
 from talk_dist.runtime.callbacks import Callback, Callbacks, JsonLines, ProgressLines
 from talk_dist.runtime.checkpoint import Checkpoint, DistillState, Standing
 from talk_dist.runtime.pool import ShardPool
@@ -144,10 +144,10 @@ class Evaluate:
     """Evaluate on a graph that is not the one the artifact was made from."""
     adapters: Literal["as-distilled", "true", "false"] = "as-distilled"
     """Whether the students' encoders train LoRA adapters too. The table goes into the artifact either way."""
-    runtime: Literal["local", "ray"] = "local"
-    """`ray`: the shards in actors on a cluster."""
-    address: str = ""
-    """With ray: as `cluster.address` of distill."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Where the shards are. Threads and the cache of encodings, if left open, are those of the distillation."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """With `--runtime ray`: which cluster, and what of it."""
 
     def run(self, call: Call, evaluation: EvaluateConfig) -> None:
         path = preflight.artifact_path(given(self.artifact, "an artifact"))
@@ -157,8 +157,14 @@ class Evaluate:
         synthetic, tag = SyntheticTAG.from_pretrained(path), PreparedTag(self.data or near)
         storage.check_writable(beside(path, ""))  # the table goes into the artifact, which is published anew
         config = preflight.distilled_with(synthetic, path)
-        runtime, cluster = replace(config.runtime, kind=self.runtime), ClusterConfig(address=self.address)
-        config = replace(config, runtime=runtime, cluster=cluster)
+        runtime, then = self.runtime, config.runtime
+        runtime = replace(
+            runtime,
+            threads=runtime.threads or then.threads,
+            cache=runtime.cache and then.cache,
+            cache_folder=runtime.cache_folder or then.cache_folder,
+        )
+        config = replace(config, runtime=runtime, cluster=self.cluster)
         if self.adapters != "as-distilled":
             config = replace(config, encoder=replace(config.encoder, adapters=self.adapters == "true"))
         with place(config) as where:

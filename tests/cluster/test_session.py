@@ -25,6 +25,7 @@ from talk_dist.data import storage
 from talk_dist.data.tag import PreparedTag
 from talk_dist.errors import CapacityError, ConfigError, DataError
 from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
+from talk_dist.synthetic.artifact import SyntheticTAG
 
 SMALL = "--encoder.pooling mean --encoder.precision float32 --synthetic.size 6 --synthetic.tokens 5 --inner.passes 5 "
 SMALL += "--synthetic.init random --outer.epochs 0 --runtime.threads 1 --runtime.cache false"
@@ -244,7 +245,14 @@ def test_an_encoder_folder_that_workers_cannot_see(one_ray, tags, encoder_folder
 
 def test_a_run_whose_folders_are_all_uris(one_ray, tags, encoder_folder, tmp_path):
     arguments = words(f"file://{tags[2].path}", encoder_folder, f"file://{tmp_path}/run")
-    assert main([*arguments, "--runtime", "ray", "--cluster.actors", "1"]) == 0
+    on_ray = ["--runtime", "ray", "--cluster.actors", "1"]
+    assert main([*arguments, *on_ray]) == 0
+    evaluation = ["--data", arguments[2], "--against", "medoid", "--seeds", "1", "--recipe.passes", "5"]
+    tables = []
+    for where in ([], on_ray):
+        assert main(["evaluate", f"file://{tmp_path}/run", *evaluation, *where]) == 0
+        tables.append(SyntheticTAG.from_pretrained(tmp_path / "run" / "synthetic").metrics["evaluation"]["markdown"])
+    assert tables[0] == tables[1]
     assert {path.name for path in Path(tmp_path, "run").iterdir()} == {
         "attempt.json", "checkpoint.safetensors", "log.jsonl", "synthetic"
     }  # fmt: skip

@@ -60,7 +60,8 @@ def test_a_long_job_is_detached_followed_left_and_stopped(head: Head, tmp_path: 
     assert following.stdout is not None
     while not (line := following.stdout.readline()).startswith("job of"):
         assert line, following.communicate()[1]
-    assert line.split()[2:] == ["distill", "--config", "configs/run.yaml", *ON_RAY]
+    settings = ["--config=configs/run.yaml", "--runtime.kind=ray", "--cluster.address=auto"]
+    assert line.split()[2:] == ["distill", *settings]
     following.send_signal(signal.SIGINT)
     _, err = following.communicate(timeout=30)
     assert following.returncode == 130
@@ -291,7 +292,7 @@ def test_the_runtime_environment_of_the_repository() -> None:
         (["--seed", "1"], ["distill", "--seed", "1", *ON_RAY]),
         (["distill", "--runtime", "local"], ["distill", "--runtime", "local", "--cluster.address", "auto"]),
         (["--runtime.kind=ray", "--cluster.address=h:1"], ["distill", "--runtime.kind=ray", "--cluster.address=h:1"]),
-        (["evaluate", "/a"], ["evaluate", "/a", "--runtime", "ray", "--address", "auto"]),
+        (["evaluate", "/a"], ["evaluate", "/a", *ON_RAY]),
         (["inspect", "x"], ["inspect", "x"]),
         (["--version"], ["--version"]),
     ],

@@ -204,6 +204,9 @@ def test_an_artifact_is_evaluated_wherever_one_is(tags, encoder_folder, told, tm
     told("export", out, "--out", tmp_path / "a.pt", "--encodings", "true")
     assert not (tmp_path / "kept").exists()
     assert not scratch.exists()
+    here = {"data": tags[2].path, "seeds": 1, "against": "random", "recipe.passes": 5, "runtime.cache_folder": scratch}
+    told("evaluate", out, *flat(here))
+    assert list(scratch.glob("encodings/*.npy"))
 
 
 def test_a_set_that_is_replaced_while_it_is_evaluated_stays(finished, tags, told, tmp_path, monkeypatch):
