@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from talk_dist.config import InnerConfig, StudentConfig
-from talk_dist.models.gnn import Student, dropped
+from talk_dist.models.gnn import Student, drawing, dropped
 from talk_dist.models.inner import fit_encodings, soft_labels, train
 
 M, C = 9, 3
@@ -281,6 +281,19 @@ def test_dropout_of_nothing_and_of_nearly_everything():
     ones = torch.ones(99, 7)
     assert dropped(ones, 0.0).equal(ones)
     assert dropped(ones, 1 - 1e-9).isfinite().all()
+
+
+def test_draws_are_torchs_of_a_seed_and_leave_no_trace():
+    """Also where the block is left by an error."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    undisturbed = torch.rand(3)
+    torch.manual_seed(1)
+    with pytest.raises(ZeroDivisionError), drawing(5):
+        assert torch.rand(3).equal(expected)
+        raise ZeroDivisionError
+    assert torch.rand(3).equal(undisturbed)
 
 
 # -- the law of a pass ----------------------------------------------------------------------------------------
