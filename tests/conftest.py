@@ -260,9 +260,5 @@ def one_ray():
 
 
 def pytest_collection_modifyitems(items):
-    """All files that need `one_ray` in one worker, the longest first, and the others beside them: what Ray spends
-    waiting, they compute."""
-    on_ray = {item.path for item in items if "one_ray" in item.fixturenames}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else item.path.stem))
-    items.sort(key=lambda item: (item.path not in on_ray, item.path.stem != "test_sweep"))
+    """The longest file first: begun last, one worker would be at it alone while the other has nothing left."""
+    items.sort(key=lambda item: "test_sweep.py" not in item.nodeid)

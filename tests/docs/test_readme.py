@@ -51,7 +51,7 @@ def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_jobs_parse(command: str) -> None:
     options, rest = submit.parse(shlex.split(command)[3:])
     assert options.address
-    submit.validate(completed(rest))
+    submit.validated(completed(rest))
 
 
 def test_the_plan_reads(tmp_path: Path) -> None:
