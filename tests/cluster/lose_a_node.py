@@ -36,7 +36,7 @@ class RemoveNode(Callback):
 
 config = dataclasses.replace(
     SMALL,
-    encoder=EncoderConfig(name=encoder_folder, pooling="mean", precision="float32", device="cpu"),
+    encoder=EncoderConfig(name=encoder_folder, pooling="mean", precision="float32", device="cpu", adapters=True),
     runtime=RuntimeConfig(kind="ray", threads=1, cache=False),
     cluster=ClusterConfig(address=cluster.address, actors=3),
 )

@@ -27,7 +27,7 @@ def run_script(name, *arguments, seconds=240, **variables):
 
 def test_a_node_that_is_removed_changes_nothing(four, make_encoder, tmp_path):
     """Three simulated nodes; one goes after the first epoch, with the actor on it."""
-    encoder = make_encoder()
+    encoder = make_encoder(adapters=True)
     expected = distill(local_pool(four, encoder), encoder, SMALL)
     done = run_script("lose_a_node.py", four.path, encoder.config.name, tmp_path / "found")
     assert done.returncode == 0, done.stderr
@@ -41,7 +41,7 @@ def test_a_killed_driver_goes_on_to_the_same_result(four, encoder_folder, tmp_pa
     """SIGKILL after the first checkpoint; the same command again; as if nothing had been."""
     settings = [
         "--data", four.path, "--encoder.name", encoder_folder, "--encoder.pooling", "mean",
-        "--encoder.precision", "float32",
+        "--encoder.adapters", "true", "--encoder.precision", "float32",
         "--synthetic.size", "6", "--synthetic.tokens", "4", "--synthetic.init", "random",
         "--student.hidden", "16", "--inner.passes", "15",
         "--outer.epochs", "3", "--outer.patience", "9", "--outer.steps", "2", "--runtime.threads", "1",

@@ -134,11 +134,11 @@ def test_stopped_and_killed_at_random_and_gone_on_with(given, given_words, whole
     assert trials(tmp_path / "s") == whole
 
 
-def test_trials_with_actors_say_the_same(given, given_words, whole, told, tmp_path):
+def test_trials_with_actors_say_the_same(data, words, plain, told, tmp_path):
     """A trial's shards live in what was reserved for it."""
     on_ray = ["--runtime.kind", "ray", "--cluster.actors", "1", "--cluster.cpus", "1"]
-    told(*given_words(given, tmp_path, *on_ray, trials=2, name="s"))
-    assert trials(tmp_path / "s") == whole[:2]
+    told(*words(data, tmp_path, *on_ray, trials=2, name="s"))
+    assert trials(tmp_path / "s") == trials(plain[0])[:2]
 
 
 @pytest.fixture
