@@ -8,8 +8,12 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  by Ray's own 15 actors wait for the other tests
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may wait for a network
 
+import subprocess
+import sys
+import tempfile
 import warnings
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +34,7 @@ from talk_dist.runtime.pool import LocalPool
 WORDS = [f"{stem}{number}" for stem in ("ash", "birch", "cedar") for number in range(14)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CLASSES = ("ash", "birch", "cedar")
+WARM_START = Path(__file__).with_name("warm_start")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -249,7 +254,22 @@ def told(capsys):
 
 
 @pytest.fixture(scope="session")
-def one_ray():
+def forking():
+    """From here on Ray's workers, whichever process starts them, are forks of one that has imported everything."""
+    with tempfile.TemporaryDirectory(prefix="tf", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patched:
+        address = f"{folder}/forks"  # short: a socket's path has at most 107 bytes
+        python = [sys.executable, WARM_START / "sitecustomize.py", address]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with subprocess.Popen(python, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+            assert any(line == "ready\n" for line in parent.stdout)
+            patched.setenv("TALK_DIST_TESTS_FORKS", address)
+            patched.setenv("PYTHONPATH", str(WARM_START), prepend=os.pathsep)
+            yield
+            parent.kill()
+
+
+@pytest.fixture(scope="session")
+def one_ray(forking):
     """Ray on this machine, for every test that needs no nodes of its own."""
     import ray
 

@@ -32,8 +32,8 @@ def free_ports(count: int) -> list[int]:
 def without_ray() -> dict[str, str]:
     """The environment without what another Ray of this process has left there."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    # PYTHONPATH: jobs find our packages wherever they run.
-    return env | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])  # jobs find our packages wherever they run
+    return env | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 @dataclass

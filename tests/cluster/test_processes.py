@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from test_pool import SMALL, local_pool
 
 from talk_dist.cli import main
 from talk_dist.distill import distill
 from talk_dist.synthetic.artifact import SyntheticTAG
+
+pytestmark = pytest.mark.usefixtures("forking")
 
 
 def run_script(name, *arguments, seconds=240, **variables):

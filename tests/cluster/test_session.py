@@ -27,6 +27,8 @@ from talk_dist.errors import CapacityError, ConfigError, DataError
 from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
 from talk_dist.synthetic.artifact import SyntheticTAG
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 SMALL = "--encoder.pooling mean --encoder.precision float32 --synthetic.size 6 --synthetic.tokens 5 --inner.passes 5 "
 SMALL += "--synthetic.init random --outer.epochs 0 --runtime.threads 1 --runtime.cache false"
 PLAN = SimpleNamespace(actor=lambda parts, borrows: SimpleNamespace(host=100 << 20))

@@ -23,6 +23,8 @@ from cluster import dashboard, submit, upload
 from cluster.main import completed
 from talk_dist.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("forking")
+
 STUB = "import sys, time\nprint('job of', *sys.argv[1:], flush=True)\ntime.sleep(300)\n"
 
 
