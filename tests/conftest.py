@@ -260,12 +260,12 @@ def forking():
         address = f"{folder}/forks"  # short: a socket's path has at most 107 bytes
         python = [sys.executable, WARM_START / "sitecustomize.py", address]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with subprocess.Popen(python, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}  # it ends where its input does
+        with subprocess.Popen(python, env=environment, text=True, **pipes) as parent:
             assert any(line == "ready\n" for line in parent.stdout)
             patched.setenv("TALK_DIST_TESTS_FORKS", address)
             patched.setenv("PYTHONPATH", str(WARM_START), prepend=os.pathsep)
             yield
-            parent.kill()
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,9 @@ def ask(address, words):
 
 
 def serve(address):
-    """Fork for whoever asks, until killed. Nothing here may start a thread: a fork would not have it."""
+    """Fork for whoever asks, until the standard input ends, as it does with the tests. Nothing here may start a thread:
+    a fork would not have it."""
+    import select
     import signal
     import socket
 
@@ -48,7 +50,7 @@ def serve(address):
         door.bind(address)
         door.listen(64)
         print("ready", flush=True)
-        while True:
+        while sys.stdin not in select.select([door, sys.stdin], [], [])[0]:
             asking, _ = door.accept()
             head, files, _, _ = socket.recv_fds(asking, 8, 3)
             with asking.makefile("rb") as stream:
