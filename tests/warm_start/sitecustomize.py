@@ -69,6 +69,7 @@ def become(files, message):
     import json
     import runpy
 
+    os.setpgrp()  # as Ray gives every worker one: it kills the group of a worker that has ended
     words, folder, environment = json.loads(message)
     for number, file in enumerate(files):
         os.dup2(file, number)
