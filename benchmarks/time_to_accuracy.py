@@ -68,7 +68,7 @@ def joint(path: str, epochs: int) -> Found:
 
     def heard(*asked: Any) -> Any:  # of every validation
         counts = told(*asked)
-        watch.epoch({"val_accuracy": float(counts[0].trace() / counts[0].sum())})
+        watch.epoch({"val_accuracy": float(counts.trace() / counts.sum())})
         return counts
 
     pool.student_scores = heard  # type: ignore[method-assign, assignment]

@@ -115,11 +115,21 @@ class Crew:
             return
         time.sleep(0.1 * 2 ** failures[part])
         for index, actor in enumerate(self.actors):
+            if self._is_dead(actor):
+                self._replace(index)
+
+    def _is_dead(self, actor: Any) -> bool:
+        """Asked until that is known: of a machine that went without a word, Ray says so after some 15 seconds."""
+        end = time.monotonic() + self.settings.wait_seconds
+        while True:
             try:
                 ray.get(actor.vitals.remote(), timeout=10)
+                return False
             except Exception as silence:
-                if classify(silence) is Event.DIED:
-                    self._replace(index)
+                event = classify(silence)
+            if event is Event.DIED or event is Event.OWN_ERROR or time.monotonic() > end:
+                return event is Event.DIED
+            time.sleep(POLL)
 
     def _replace(self, index: int) -> None:
         ray.kill(self.actors[index])

@@ -105,11 +105,11 @@ class RayPool:
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str, block: Share = (0, 1)) -> np.ndarray:
         return add(self._ask("krr_scores", self._broadcast(h_s), self._broadcast(dual), split, block))
 
-    def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
+    def student_scores(self, student: StudentState, split: str) -> np.ndarray:
         state, stages, failures = self._broadcast(student), student.build().num_stages, Failures()
         while True:
             self._bring_up(failures)
-            scores = self._student_scores(state, stages, splits, failures)
+            scores = self._student_scores(state, stages, split, failures)
             if scores is not None:
                 return scores
 
@@ -186,9 +186,7 @@ class RayPool:
             ("propagate", lambda part: self._actor(part).call.remote(part, "propagate", source, target)),
         ]
 
-    def _student_scores(
-        self, state: Any, stages: int, splits: Sequence[str], failures: Failures
-    ) -> list[np.ndarray] | None:
+    def _student_scores(self, state: Any, stages: int, split: str, failures: Failures) -> np.ndarray | None:
         """One pass of the student over all shards; None if one was lost, because its layers cannot be caught up."""
 
         def every(start: Start) -> dict[int, Any] | None:
@@ -209,8 +207,8 @@ class RayPool:
                 self._bytes_moved += sum(moved.values())
             if call("student_stage", stage) is None:
                 return None
-        counts = [call("student_scores", split) for split in splits]
-        return [add([c[part] for part in sorted(c)]) for c in counts if c] if all(counts) else None
+        counts = call("student_scores", split)
+        return None if counts is None else add([counts[part] for part in sorted(counts)])
 
     def _workers(self) -> list[Any]:
         return self._lends.workers if self._lends else []

@@ -165,7 +165,7 @@ def tested(trained_on: TrainingSet, trained: Iterable[Trained], pool: ShardPool,
     scores: list[tuple[float, float, float]] = []
     for each in trained:
         pool.encode(each.adapters)  # nothing to do for students that come straight from `students`
-        (test,) = pool.student_scores(each.student, ["test"])
+        test = pool.student_scores(each.student, "test")
         scores.append((accuracy(test), macro_f1(test), each.val_accuracy))
     encoder.reset_adapters(0)
     pool.encode(encoder.adapters())

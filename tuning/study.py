@@ -7,6 +7,7 @@ a kill asks what it would have asked. Trials stop early by asynchronous successi
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -241,4 +242,17 @@ def _storage(storage: str) -> BaseStorage:
         return RDBStorage(storage)
     path = Path(storage).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    lock = JournalFileOpenLock(str(path))
+    lock.acquire()
+    try:
+        _cut_torn_line(path)
+    finally:
+        lock.release()
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def _cut_torn_line(path: Path) -> None:
+    """What a full disk or a power cut left of a line: the next would be glued to it, and no one could read the two."""
+    journal = path.read_bytes() if path.exists() else b""
+    if len(journal) > (whole := journal.rfind(b"\n") + 1):
+        os.truncate(path, whole)

@@ -135,6 +135,8 @@ def _run(study: Study, spec: SweepSpec) -> None:
             ),
         )
         tuner.fit()
+    if searcher.error is not None:
+        raise searcher.error
 
 
 def _trial(config: dict[str, Any]) -> None:
@@ -162,8 +164,29 @@ class _Searcher(Searcher):
         self.number: dict[str, int] = {}  # Tune's id of a trial -> its number in the study
         self.stopped: dict[str, dict[str, Any]] = {}
         self.ended, self.started = 0, time.monotonic()
+        self.error: Exception | None = None
 
     def suggest(self, trial_id: str) -> Any:
+        return self._unless_broken(lambda: self._suggest(trial_id), Searcher.FINISHED)
+
+    def report(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """A result in the middle of a trial; True if it is to stop."""
+        return bool(self._unless_broken(lambda: self._report(trial_id, result), True))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._unless_broken(lambda: self._complete(trial_id, result or {}, error), None)
+
+    def _unless_broken(self, act: Callable[[], Any], otherwise: Any) -> Any:
+        """``act()``. Its first error ends the sweep, which raises it then: Tune would keep it to itself, take it for
+        the trial's own, and start that again."""
+        if self.error is None:
+            try:
+                return act()
+            except Exception as error:
+                self.error = error
+        return otherwise
+
+    def _suggest(self, trial_id: str) -> Any:
         self.spec.guard()
         asked = self.study.ask(self.spec.trials)
         if asked is None:
@@ -172,16 +195,15 @@ class _Searcher(Searcher):
         self.number[trial_id] = number
         return {"spec": dataclasses.asdict(self.spec.of(number, point))}
 
-    def report(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """A result in the middle of a trial; True if it is to stop."""
+    def _report(self, trial_id: str, result: dict[str, Any]) -> bool:
         stop = self.study.report(self.number[trial_id], result["step"], result["accuracy"])
         if stop:
             self.stopped[trial_id] = result
         return stop
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def _complete(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
         self.spec.guard()
-        number, result, last = self.number.pop(trial_id), result or {}, self.stopped.pop(trial_id, None)
+        number, last = self.number.pop(trial_id), self.stopped.pop(trial_id, None)
         if last is not None:
             facts = {name: last[name] for name in ("krr_accuracy", "cpu_seconds")}
             if last["step"]:  # else there was no synthetic set yet

@@ -1,7 +1,8 @@
 """The folder of a run, on any storage, which belongs to one run at a time.
 
-A local folder is locked, so a second run is refused at once. Other storage has no locks, and a driver that was thought
-dead may come back: there the run that came last owns the folder, and an earlier one stops before it writes again.
+A local folder is locked, so a second run on this machine is refused at once. Object stores have no locks, on NFS those
+of a folder are known to one machine alone, and a driver that was thought dead may come back: so the run that came last
+owns the folder, and an earlier one stops before it writes again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class RunFolder:
     def __init__(self, out: str):
         self.out = out if "://" in out else str(Path(out).expanduser())
         self.attempt = uuid.uuid4().hex
-        self._locked = self._claimed = False
+        self._claimed = False
 
     def path(self, *names: str) -> str:
         return storage.join(self.out, *names)
@@ -40,7 +41,7 @@ class RunFolder:
     def alone(self) -> Iterator[None]:
         """Locks a local folder; the system lets go of it however the process ends.
 
-        Raises ConfigError if another process holds it. What cannot be locked is fenced by its attempt.
+        Raises ConfigError if another process of this machine holds it. Others are fenced by their attempt.
         """
         with ExitStack() as stack:
             if "://" not in self.out:
@@ -53,7 +54,6 @@ class RunFolder:
                     except BlockingIOError as error:
                         message = f"--out {self.out}: another run is at work there; choose another folder"
                         raise ConfigError(message) from error
-                    self._locked = True
             yield
 
     def check(self) -> None:
@@ -74,7 +74,7 @@ class RunFolder:
 
     def claim(self) -> None:
         """From now on the folder is this run's, and `guard` stops the one that had it. Again: as `guard`."""
-        if self._claimed or self._locked:
+        if self._claimed:
             return self.guard()
         about = {
             "id": self.attempt,
@@ -91,8 +91,6 @@ class RunFolder:
         A run that takes over between this look and the write loses nothing: one that goes on with the same
         state makes it again to the bit, one that starts over replaces it.
         """
-        if self._locked:
-            return
         try:
             holder = json.loads(storage.read_bytes(self.path(ATTEMPT)))
         except (DataError, ValueError) as error:

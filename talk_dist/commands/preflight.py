@@ -224,7 +224,8 @@ def distilled_with(artifact: SyntheticTAG, path: str) -> DistillConfig:
         raise DataError(path, "does not say how it was distilled (config.json has no `distill`); distil it again")
     config = DistillConfig.from_dict(artifact.config["distill"])
     then = config.runtime
-    runtime = RuntimeConfig(threads=then.threads, cache=then.cache, cache_folder=_if_there(then.cache_folder))
+    threads = then.threads or int(artifact.config.get("threads", 0))  # what was left open then is known now
+    runtime = RuntimeConfig(threads=threads, cache=then.cache, cache_folder=_if_there(then.cache_folder))
     encoder = replace(config.encoder, device="auto")
     return replace(config, encoder=encoder, runtime=runtime, cluster=ClusterConfig(), deepspeed=DeepSpeedConfig())
 

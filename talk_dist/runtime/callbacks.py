@@ -122,13 +122,19 @@ class Stop(Callback):
             self.signal = number
             raise KeyboardInterrupt
 
+        def dropped(what: Any) -> None:
+            if what.exc_type is not KeyboardInterrupt:  # of that, the next report will say more than a traceback
+                shown(what)
+
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        shown, sys.unraisablehook = sys.unraisablehook, dropped
         try:
             yield
         finally:
+            sys.unraisablehook = shown
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -103,4 +103,4 @@ def macro_f1(counts: np.ndarray) -> float:
 
 def student_accuracy(pool: ShardPool, student: Student, split: str) -> float:
     """Accuracy of a trained student on the real nodes of ``split``."""
-    return accuracy(pool.student_scores(StudentState.of(student), [split])[0])
+    return accuracy(pool.student_scores(StudentState.of(student), split))

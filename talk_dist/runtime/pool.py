@@ -66,8 +66,8 @@ class ShardPool(Protocol):
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str, block: Share = (0, 1)) -> np.ndarray:
         """Confusion counts (C, C) of the kernel predictor; (R, C, C) for a stack of R dual coefficients."""
 
-    def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
-        """Confusion counts (C, C) of a student for each split, from one pass over the graph."""
+    def student_scores(self, student: StudentState, split: str) -> np.ndarray:
+        """Confusion counts (C, C) of a student on the real nodes of ``split``."""
 
     def student_grads(self, student: StudentState, loss: LossSpec) -> StudentGrads:
         """Loss and gradient sums of a student over the real rows that ``loss`` names, each by itself."""
@@ -130,7 +130,7 @@ class LocalPool:
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str, block: Share = (0, 1)) -> np.ndarray:
         return add([shard.krr_scores(h_s, dual, split, block) for shard in self.shards])
 
-    def student_scores(self, student: StudentState, splits: Sequence[str]) -> list[np.ndarray]:
+    def student_scores(self, student: StudentState, split: str) -> np.ndarray:
         for shard in self.shards:
             shard.student_begin(student)
         for stage in range(student.build().num_stages):
@@ -138,7 +138,7 @@ class LocalPool:
                 self._exchange("X", 1)
             for shard in self.shards:
                 shard.student_stage(stage)
-        return [add([shard.student_scores(split) for shard in self.shards]) for split in splits]
+        return add([shard.student_scores(split) for shard in self.shards])
 
     def student_grads(self, student: StudentState, loss: LossSpec) -> StudentGrads:
         with self.meter.time("students"):

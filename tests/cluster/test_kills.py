@@ -29,6 +29,7 @@ TRAPS = [
     ("student_grads", 2),
     ("krr_scores", 1),
     ("student_stage", 2),
+    ("student_scores", 1),
     ("exchange-X", 1),
 ]
 

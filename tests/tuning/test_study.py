@@ -65,6 +65,8 @@ def sweep(path, sampler, chance, monkeypatch, seed=0):
             return study, kills
         except Killed:
             kills += 1
+            with open(path, "ab") as journal:
+                journal.write(b'{"op_code":8,"worker_id"')  # as a power cut leaves an append
 
 
 def outcome(study):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -23,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from talk_dist.cli import main
 from talk_dist.commands.folder import RunFolder
-from talk_dist.errors import CapacityError, ConfigError
+from talk_dist.errors import CapacityError
 from tuning import sweep
 from tuning.findings import CLOCK
 
@@ -185,10 +186,23 @@ def test_of_two_sweeps_with_one_folder_the_earlier_stops(asked, tmp_path):
     searcher = sweep._Searcher(study, spec)
     assert searcher.suggest("a")["spec"]["folder"] == f"{out}/s/trials/00000"
     RunFolder(f"{out}/s").claim()
-    for act in (lambda: searcher.suggest("b"), lambda: searcher.on_trial_complete("a", {"failed": "no"})):
-        with pytest.raises(ConfigError, match="has taken over"):
-            act()
+    searcher.on_trial_complete("a", {"failed": "no"})
+    assert "has taken over" in str(searcher.error)
+    assert searcher.suggest("b") == "FINISHED"
+    assert searcher.report("a", {"step": 0, "accuracy": 0.5})  # stops what still runs
     assert not study.ended
+
+
+def test_what_keeps_a_sweep_from_writing_ends_it(one_ray, given, given_words, told, tmp_path, monkeypatch):
+    """In its own words: Tune would start the trial again, whose outcome could not be kept."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sweep.Study, "tell", full)
+    _, err = told(*given_words(given, tmp_path, trials=3, name="s"), code=2)
+    assert "No space left on device" in err
+    assert len(list((tmp_path / "s" / "trials").iterdir())) == 1
 
 
 def test_a_password_is_not_written_down(asked, told, tmp_path):

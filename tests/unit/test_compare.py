@@ -120,7 +120,7 @@ def test_test_nodes_are_read_for_the_chosen_learning_rate_alone(plan, told, tags
     choices = {"full_lr": [1e-3, 2e-2], "full_label_smoothing": [0.0, 0.2]}
     path = plan(students=["gcn", "sgc"], methods={"medoid": METHODS["medoid"]}, **choices)
     told("compare", path, "--out", tmp_path / "out")
-    reads = [index for index, splits in enumerate(asked) if "test" in splits]
+    reads = [index for index, split in enumerate(asked) if split == "test"]
     assert len(reads) == 8  # four of the reference, four of the medoids
     assert reads[1] == reads[0] + 1  # the reference's come after all of its training
     assert reads[3] == reads[2] + 1

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -332,9 +333,8 @@ def test_students_on_shards_are_the_student_on_the_whole_graph(graph, tags, tabl
     assert len(np.unique(predicted)) == 3
     for parts in PARTS:
         pool = make_pool(encoder, parts)
-        counts = pool.student_scores(shard_module.StudentState.of(student), ["val", "train"])
-        for split, mine in zip(("val", "train"), counts, strict=True):
-            rows = graph.rows(split)
+        for split in ("val", "train"):
+            mine, rows = pool.student_scores(shard_module.StudentState.of(student), split), graph.rows(split)
             np.testing.assert_array_equal(mine, confusion(graph.label[rows], predicted[rows]))
         for shard in pool.shards:  # not only the winning class: every number
             own = torch.from_numpy(shard._fields["X"][: shard.part.num_own])
@@ -375,7 +375,7 @@ def test_permuting_the_nodes_permutes_nothing_but_the_order(graph, prepare_graph
         pool = make_pool(encoder, prepare_graph(which, parts=3))
         sample = pool.sample(4, 0)
         node_id = [pool.shards[shard].part.node_id[int(row)].as_py() for shard, row in sample.place]
-        results.append((objective_of(pool, "ce")(*synthetic), node_id, pool.student_scores(student, ["val"])[0]))
+        results.append((objective_of(pool, "ce")(*synthetic), node_id, pool.student_scores(student, "val")))
     (one, ids, counts), (two, other_ids, other_counts) = results
     assert two.loss == pytest.approx(one.loss, rel=1e-12)
     torch.testing.assert_close(two.d_hs, one.d_hs, rtol=0, atol=1e-12)
@@ -547,14 +547,14 @@ def test_students_and_hops_in_pieces_are_the_whole(
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if fields == "memory" else {"rtol": 5e-3, "atol": 5e-3}
     student = StudentState.of(Student(StudentConfig(kind=kind, hidden=16), 8, 3, 1).eval())
     whole = make_pool(table_encoder(dtype=np.float32), 2, architecture="sgc", precision="float32")
-    whole.student_scores(student, ["val"])
+    whole.student_scores(student, "val")
     monkeypatch.setattr(propagate, "PROPAGATED_BYTES", 400)
     monkeypatch.setattr(propagate, "PROPAGATED_ENTRIES", 20)
     monkeypatch.setattr(propagate, "READ_ROWS", 7)
     monkeypatch.setattr(student_pass, "STAGE_BYTES", 9000)
     kernel = {"architecture": "sgc", "precision": "float32", "fields": fields}
     pieces = make_pool(table_encoder(dtype=np.float32), 2, **kernel)
-    pieces.student_scores(student, ["val"])
+    pieces.student_scores(student, "val")
     for one, other in zip(whole.shards, pieces.shards, strict=True):
         assert isinstance(other._fields["Z"], np.memmap) == (fields == "disk")
         assert len(list(other.part.stretches(20))) > 3
@@ -563,15 +563,32 @@ def test_students_and_hops_in_pieces_are_the_whole(
             np.testing.assert_allclose(other._fields[name][own], one._fields[name][own], **tolerance)
 
 
-def test_fields_on_disk_are_where_they_are_asked_for_and_vanish(tmp_path, graph, prepare_graph, table_encoder):
+def test_fields_on_disk_are_where_they_are_asked_for_and_leave_nothing(tmp_path, graph, prepare_graph, table_encoder):
+    """However the process ends: they have no name."""
     tag = prepare_graph(graph, parts=1)
     kernel, runtime = KernelConfig(fields="disk"), RuntimeConfig(cache=False, scratch=str(tmp_path))
     pool = LocalPool(tag, table_encoder(dtype=np.float32), kernel, runtime)
     pool.encode({})
-    assert {path.name for path in tmp_path.glob("*/*")} == {"H.npy", "P1.npy", "Z.npy"}
+
+    def mapped():
+        return Path("/proc/self/maps").read_text().count(f" {tmp_path}/")
+
+    assert (mapped(), list(tmp_path.iterdir())) == (3, [])  # H, P1 and Z
     del pool
     gc.collect()
-    assert not list(tmp_path.iterdir())
+    assert not mapped()
+
+
+def test_fields_that_the_disk_has_no_room_for(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as a full disk, but only for this process
+    try:
+        with pytest.raises(ConfigError, match=rf"scratch = '{tmp_path}': no place for the 8,000 bytes .*\(File too"):
+            Fields(1000, disk=True, scratch=str(tmp_path)).blank("H", 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(ConfigError, match=r"scratch = '.*/gone': no place .*\(No such file or directory\)"):
+        Fields(1000, disk=True, scratch=f"{tmp_path}/gone").blank("H", 4)
 
 
 def test_what_half_precision_cannot_hold_is_refused(tmp_path):
