@@ -22,11 +22,19 @@ class StudentConfig:
     """Propagation hops (APPNP: ten power iterations whatever the depth)."""
     dropout: float = 0.5
     """Dropout before each linear layer."""
+    propagation: Literal["auto", "mean", "sym"] = "auto"
+    """How neighbours weigh: `mean` is D^-1 A, as in the kernel; `sym` is D^-1/2 A D^-1/2. Left open, SAGE has the first
+    and the others have the second, as published; GAT learns its own."""
 
     def __post_init__(self) -> None:
         check_types("student", self)
         check(
             "student",
+            propagation=(
+                self.kind != "gat" or self.propagation == "auto",
+                self.propagation,
+                "auto for a GAT, whose weights are learnt",
+            ),
             dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
             **at_least(1, self, "hidden", "depth"),
         )

@@ -96,8 +96,8 @@ def directional_difference(function, point, direction, step=1e-5):
 def student(model, x, a):
     """Logits (N, C) of a trained student on features x (N, d) and adjacency a (N, N), from its weights."""
     weights = {name: value.double() for name, value in model.state_dict().items()}
-    mean, sym = propagation(a, "mean"), propagation(a, "sym")
-    kind = model.config.kind
+    kind, weighed = model.config.kind, model.config.propagation
+    p = propagation(a, ("mean" if kind == "sage" else "sym") if weighed == "auto" else weighed)
 
     def linear(name, value):
         value = value @ weights[f"{name}.weight"].T
@@ -113,18 +113,18 @@ def student(model, x, a):
         return mixed.flatten(1) + weights[f"{layer}.bias"]
 
     if kind == "sgc":
-        return linear("layers.0", torch.linalg.matrix_power(sym, model.config.depth) @ x)
+        return linear("layers.0", torch.linalg.matrix_power(p, model.config.depth) @ x)
     if kind == "appnp":
         x = root = linear("layers.1", linear("layers.0", x).relu())
         for _ in range(10):
-            x = 0.9 * sym @ x + 0.1 * root
+            x = 0.9 * p @ x + 0.1 * root
         return x
     for index in range(model.config.depth):
         layer = f"layers.{index}"
         if kind == "gcn":
-            x = linear(layer, sym @ x)
+            x = linear(layer, p @ x)
         elif kind == "sage":
-            x = linear(f"{layer}.0", mean @ x) + linear(f"{layer}.1", x)
+            x = linear(f"{layer}.0", p @ x) + linear(f"{layer}.1", x)
         else:
             x = attention(index, x)
         if index < model.config.depth - 1:

@@ -24,18 +24,19 @@ from talk_dist.kernel.sntk import propagation, to_torch
 APPNP_STEPS, APPNP_TELEPORT = 10, 0.1
 
 
-def propagation_kind(kind: str) -> str:
-    """D^-1 A for SAGE, D^-1/2 A D^-1/2 for the others (GAT ignores the weights)."""
-    return "mean" if kind == "sage" else "sym"
+def propagation_kind(config: StudentConfig) -> str:
+    """`mean` or `sym`, whichever this student has (GAT ignores the weights)."""
+    published = "mean" if config.kind == "sage" else "sym"
+    return published if config.propagation == "auto" else config.propagation
 
 
-def local_graph(kind: str, indptr: np.ndarray, indices: np.ndarray, degree: np.ndarray) -> Tensor:
-    """The sparse CSR matrix (local, local) that a student of ``kind`` multiplies with.
+def local_graph(config: StudentConfig, indptr: np.ndarray, indices: np.ndarray, degree: np.ndarray) -> Tensor:
+    """The sparse CSR matrix (local, local) that this student multiplies with.
 
     Rows are given for own nodes, columns are own and halo nodes; halo rows stay empty. Weights come from
     global degrees.
     """
-    matrix = propagation(indptr, indices, degree, propagation_kind(kind))
+    matrix = propagation(indptr, indices, degree, propagation_kind(config))
     matrix.resize(len(degree), len(degree))
     return to_torch(matrix, torch.float32)
 

@@ -73,7 +73,7 @@ def fit_full(
             "--evaluation.against, or set deepspeed.workers to 0"
         )
     pool.encode(encoder.adapters())
-    graph = local_graph(student.config.kind, whole.indptr, whole.indices, whole.degree)
+    graph = local_graph(student.config, whole.indptr, whole.indices, whole.degree)
     h, train_rows = torch.from_numpy(pool.gather()).float(), torch.from_numpy(whole.train)
     labels = torch.from_numpy(whole.label)
 

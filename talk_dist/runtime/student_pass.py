@@ -43,7 +43,7 @@ class StudentPass:
             row_by_row(fields, "before", fields.rows, lambda rows: student.before(index, fields.read("X", rows)))
         if not (index and self._returns):
             fields.share("root", "before")
-        kind = propagation_kind(student.config.kind)
+        kind = propagation_kind(student.config)
         propagate(self._part, fields, kind, "before", "gathered", torch.float32, torch.device("cpu"))
 
         def after(rows: slice) -> Tensor:
@@ -72,5 +72,5 @@ class StudentPass:
         place[inside] = near[inside] - rows.start  # every node sees itself: all of the stretch is among them
         place[~inside] = len(indptr) - 1 + np.arange(int((~inside).sum()))
         nodes = np.concatenate([np.arange(rows.start, rows.stop), near[~inside]])
-        graph = local_graph(self._student.config.kind, indptr - indptr[0], place[columns], part.degree[nodes])
+        graph = local_graph(self._student.config, indptr - indptr[0], place[columns], part.degree[nodes])
         return nodes, graph

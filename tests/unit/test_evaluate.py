@@ -189,7 +189,7 @@ def test_smoothed_labels_of_the_reference_are_those_of_a_small_set(make_encoder,
     trained.train(student, 0, lambda *_: None)
 
     twin = Student(config.student, encoder.width, len(pool.tag.classes), 0)
-    graph = local_graph("gcn", whole.indptr, whole.indices, whole.degree)
+    graph = local_graph(config.student, whole.indptr, whole.indices, whole.degree)
     h, rows = torch.from_numpy(pool.gather()), torch.from_numpy(whole.train)
     targets = smoothed(one_hot(whole.label, len(pool.tag.classes)), 0.3)
 

@@ -315,13 +315,18 @@ def test_kernel_predictions_are_counted_as_on_the_whole(graph, tags, table_encod
     assert len(np.unique(predicted)) == 3
 
 
-@pytest.mark.parametrize("kind", ["gcn", "sage", "sgc", "appnp", "gat"])
-def test_students_on_shards_are_the_student_on_the_whole_graph(graph, tags, table_encoder, make_pool, kind):
+@pytest.mark.parametrize(
+    ("kind", "propagation"),
+    [*((kind, "auto") for kind in ("gcn", "sage", "sgc", "appnp", "gat")), ("gcn", "mean"), ("sage", "sym")],
+)
+def test_students_on_shards_are_the_student_on_the_whole_graph(
+    graph, tags, table_encoder, make_pool, kind, propagation
+):
     """One halo exchange a layer gives the logits of `forward` on the whole graph, and both those of dense algebra."""
     encoder = table_encoder(dtype=np.float32)
-    config = StudentConfig(kind=kind, hidden=16, depth=2 if kind == "gcn" else 3)
+    config = StudentConfig(kind=kind, hidden=16, depth=2 if kind == "gcn" else 3, propagation=propagation)
     student = Student(config, encoder.width, 3, seed=2).eval()
-    h, whole = dense_encodings(graph, encoder, tags), local_graph(kind, *graph.csr())
+    h, whole = dense_encodings(graph, encoder, tags), local_graph(config, *graph.csr())
     biases = [weight.data for name, weight in student.named_parameters() if "bias" in name]
     for bias in biases:  # torch-geometric starts them at zero: then nothing would see them
         bias += torch.linspace(-0.1, 0.1, len(bias))

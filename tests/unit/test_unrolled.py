@@ -91,5 +91,5 @@ def test_passes_are_those_of_adamw(small_set, monkeypatch):
 def test_no_graph_is_a_graph_of_self_loops(kind):
     x, nodes = torch.randn(M, WIDTH), np.arange(M + 1)
     student = Student(StudentConfig(kind=kind, hidden=8), WIDTH, CLASSES, seed=0).eval()
-    loops = local_graph(kind, nodes, nodes[:-1], np.ones(M, np.int64))
+    loops = local_graph(student.config, nodes, nodes[:-1], np.ones(M, np.int64))
     torch.testing.assert_close(student(x), student(x, loops), rtol=1e-5, atol=1e-6)
