@@ -7,14 +7,16 @@ one rename (or, where a store has no rename, the marker file that is copied last
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pyarrow import fs as pafs
 from talk_dist.errors import DataError
 
 HIDDEN = "***"
+LEFT_SECONDS = 24 * 3600  # nobody writes for so long without a new file
 
 
 def resolve(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
@@ -120,7 +123,7 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes) -> None:
         with filesystem.open_output_stream(path) as stream:  # an object store publishes an object whole
             stream.write(data)
         return
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary = _beside(Path(path))
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -128,7 +131,7 @@ def write_atomic(uri: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -152,7 +155,7 @@ def publish_folder(uri: str | os.PathLike[str], marker: str) -> Iterator[Path]:
             raise DataError(path, f"is in the way: it has no {marker}, so it is not replaced; choose another folder")
         os.makedirs(os.path.dirname(path), exist_ok=True)
     parent = os.path.dirname(path) if local else os.environ.get("TMPDIR", "/var/tmp")
-    staging = Path(parent, f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.tmp")
+    staging = _beside(Path(parent, os.path.basename(path)))
     staging.mkdir()
     try:
         yield staging
@@ -162,6 +165,16 @@ def publish_folder(uri: str | os.PathLike[str], marker: str) -> Iterator[Path]:
             _copy(staging, filesystem, path, marker)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    """A name of its own beside ``target``, for what is to become it. What killed processes left under such names long
+    ago goes: it may be a whole graph."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):
+        with suppress(OSError):  # another process was faster
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _swap(staging: Path, target: Path) -> None:

@@ -49,6 +49,30 @@ def test_error_while_writing_leaves_the_folder_of_before(tmp_path: Path, error: 
     assert os.listdir(tmp_path) == ["tag"]
 
 
+@pytest.mark.parametrize("name", ["tag", "a [b]*?"])
+def test_what_killed_writers_left_long_ago_goes(tmp_path: Path, name: str) -> None:
+    """And nothing that looks alike."""
+
+    def die(write: Any) -> None:
+        if os.fork() == 0:
+            with write:
+                os._exit(9)
+        os.wait()
+
+    for _ in range(2):
+        die(storage.publish_folder(tmp_path / name, MARKER))
+    os.mkdir(tmp_path / f".{name}.of mine.tmp")
+    dead, late, mine = sorted(tmp_path.iterdir())
+    for path in (dead, mine):
+        os.utime(path, (0, 0))
+    publish(tmp_path / name, 1)
+    storage.write_atomic(tmp_path / f"{name}.json", b"{}")
+    assert set(tmp_path.iterdir()) == {late, mine, tmp_path / name, tmp_path / f"{name}.json"}
+    os.utime(late, (0, 0))
+    publish(tmp_path / name, 2)
+    assert not late.exists()
+
+
 def test_error_at_the_last_rename_leaves_the_folder_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(tmp_path / "tag", 1)
     monkeypatch.setattr(storage, "_exchange", lambda *_: False)  # a system that cannot swap in one step
