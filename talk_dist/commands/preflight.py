@@ -98,14 +98,17 @@ def check_encoder(encoder: Encoder, tokens: int, tag: PreparedTag | None, proble
     that brings encodings, `check_given` says all."""
     if tag is not None and tag.encoding_width is not None:
         return
-    positions = min(encoder.max_positions, encoder.tokenizer.max_length)
+    positions, name = min(encoder.max_positions, encoder.tokenizer.max_length), encoder.config.name
     if tokens > positions:
-        name = encoder.config.name
         problems.errors.append(
             ConfigError(f"synthetic.tokens = {tokens}: encoder {name!r} has {positions} positions; set that or fewer")
         )
     if tag is not None:
-        problems.attempt(lambda: tag.check_tokenizer(encoder.config.name, encoder.tokenizer.fingerprint))
+        problems.attempt(lambda: tag.check_tokenizer(name, encoder.tokenizer.fingerprint))
+        longest = int(tag.meta["tokenizer"]["max_tokens"])  # a tokenizer may not know how many there are
+        if longest > positions:
+            wrong = f"{tag.path} has texts of up to {longest} tokens, but encoder {name!r} has {positions} positions"
+            problems.errors.append(ConfigError(f"{wrong}; prepare it again with --max_tokens {positions} or fewer"))
 
 
 def planned(tag: PreparedTag, config: DistillConfig, evaluation: EvaluateConfig | None) -> estimate.Plan:
@@ -191,6 +194,7 @@ def check_evaluation(
     """
     problems = Problems()
     problems.attempt(lambda: check_origin(artifact, path, tag, force))
+    config = replace(config, synthetic=replace(config.synthetic, size=len(artifact)))  # whatever share of this graph
     check_tag(tag, config, ("val", "test"), problems)
     encoder = problems.attempt(load)
     if encoder is not None:

@@ -7,6 +7,7 @@ name every setting with its value, what is allowed, and the nearest known name.
 from __future__ import annotations
 
 import re
+from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_origin, get_type_hints
@@ -101,6 +102,11 @@ def _parser(command: Command, base: DistillConfig) -> ArgumentParser:
         parser.add_class_arguments(kind, prefix or None)
         if kind is DistillConfig:
             parser.set_defaults(base.to_dict())
+    schema = dict(_schema(command))
+    for action in parser._actions:  # jsonargparse offers to read a file for each section, which is refused here
+        if is_dataclass(schema.get(action.dest)):
+            short = f"{action.dest}.kind"
+            action.help, action.metavar = (f"Short for --{short}.", "KIND") if short in schema else (SUPPRESS, None)
     return parser
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
@@ -20,6 +21,7 @@ from talk_dist.training import StudentKind
 
 Read = Callable[[list[str]], DistillConfig]  # settings of a distillation from words of a command line
 FULL = "full"
+OF_THE_PLAN = {"seed": "splits", "synthetic.size": "sizes", "encoder.adapters": "adapters"}  # setting -> where it is
 TABLES = {"prepared": "", "nodes": "", "edges": "", "max_tokens": 128, "parts": 1, "use_split_column": False}
 
 
@@ -53,7 +55,8 @@ class Plan:
     """Learning rates, and shares of the labels that are spread over all classes, among which the reference, trained on
     everything, has its own chosen on validation nodes."""
     settings: DistillConfig = field(default_factory=DistillConfig)
-    """What all methods, and the reference, start from: the encoder and the like."""
+    """What all methods, and the reference, start from: the encoder and the like. They go before a preset, and a
+    method's own file and settings before them."""
     tree: dict[str, Any] = field(default_factory=dict)
     """As it was read."""
 
@@ -73,7 +76,7 @@ def read_plan(path: str, read: Read) -> Plan:
     if not isinstance(common, dict):
         raise ConfigError(f"{path}: settings = {common!r}: must be settings and their values, as `a.b: c`")
     try:
-        plain = read(_words(common))
+        plain = read(_words(_own(common)))
     except ConfigError as error:
         problems.append(f"{path}: settings: {error}")
         common = {}
@@ -105,7 +108,8 @@ def read_plan(path: str, read: Read) -> Plan:
 def _method(name: str, entry: Any, common: Mapping[str, Any], read: Read) -> Method:
     if not isinstance(entry, Mapping):
         raise ConfigError("give `preset:`, `coreset:` or `features:` and settings under it")
-    settings = dict(common) | dict(entry)
+    filed = list(_filed(str(entry["config"]))) if "config" in entry else []
+    settings = {key: value for key, value in common.items() if not _names(filed, key)} | dict(_own(entry))
     kinds = {"coreset": list(CORESETS), "features": list(FEATURE_LEVEL)}
     kind = next((kind for kind in kinds if kind in settings), "distill")
     if name == FULL:
@@ -113,9 +117,38 @@ def _method(name: str, entry: Any, common: Mapping[str, Any], read: Read) -> Met
     source, invert = settings.pop(kind, ""), settings.pop("invert", False)
     if not isinstance(invert, bool):
         raise ConfigError(f"invert = {invert!r}: must be true or false")
+    if invert and kind != "features":
+        raise ConfigError("invert = True: only encodings (`features:`) can be inverted; leave it out")
     if kind != "distill" and source not in kinds[kind]:
         raise ConfigError(f"{kind} = {source!r}: one of {', '.join(kinds[kind])}")
     return Method(name, kind, source, read(_words(settings)), invert)
+
+
+def _own(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``settings``. Raises ConfigError for those that the plan has a list of."""
+    theirs = [f"{key} is the plan's `{OF_THE_PLAN[key]}:`" for key in settings if key in OF_THE_PLAN]
+    if theirs:
+        raise ConfigError(f"{', '.join(theirs)}; leave it out here")
+    return settings
+
+
+def _filed(path: str) -> Iterator[str]:
+    """Dotted names of the settings in a YAML file; none if it cannot be read, which `read` says."""
+
+    def dotted(tree: Any, prefix: str) -> Iterator[str]:
+        if isinstance(tree, dict):
+            for name, value in tree.items():
+                yield from dotted(value, f"{prefix}.{name}" if prefix else str(name))
+        else:
+            yield prefix
+
+    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError), open(path, encoding="utf-8") as file:
+        yield from dotted(yaml.safe_load(file), "")
+
+
+def _names(filed: list[str], key: str) -> bool:
+    """Whether a file that has these settings has ``key``, some of it, or all of its section."""
+    return any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.") for name in filed)
 
 
 def _words(settings: Mapping[str, Any]) -> list[str]:
@@ -162,6 +195,9 @@ def _wrong(plan: Plan) -> list[str]:
         value = getattr(plan, name)
         if not holds or value == ():
             wrong.append(f"{name} = {value!r}: must be {need}")
+    for method in plan.methods:
+        if method.kind == "distill" and method.config.encoder.adapters and True not in plan.adapters:
+            wrong.append(f"methods.{method.name}: its preset or file trains adapters; set `adapters: [true]`")
     for kind, names in {"data": list(plan.data), "methods": [method.name for method in plan.methods]}.items():
         folders = Counter(map(file_name, names))
         same = [name for name in names if folders[file_name(name)] > 1]

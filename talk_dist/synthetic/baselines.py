@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, softmax
 
+from talk_dist.kernel.sntk import TINY
 from talk_dist.runtime.pool import TrainSample
 from talk_dist.synthetic.coresets import class_centres, select
 from talk_dist.synthetic.init import one_hot_labels
@@ -169,7 +170,7 @@ def tangent_kernel(x: Tensor, y: Tensor) -> Tensor:
     structure-based one, if they are propagated."""
     size = x.norm(dim=1)[:, None] * y.norm(dim=1)
     edge = 1 - 1e-14  # at one the arc cosine's slope is infinite
-    cosine = (x @ y.T / size).clamp(-edge, edge)
+    cosine = (x @ y.T / size.clamp_min(TINY)).clamp(-edge, edge)  # a row may be zero
     angle = torch.acos(cosine)
     return size * (2 * cosine * (torch.pi - angle) + torch.sin(angle)) / torch.pi
 

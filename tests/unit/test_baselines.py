@@ -270,6 +270,7 @@ def test_the_tangent_kernel_is_that_of_nodes_that_only_see_themselves():
     torch.testing.assert_close(tangent_kernel(x, 3 * x[:2]), 3 * tangent_kernel(x, x)[:, :2])
     x.requires_grad_()
     assert torch.autograd.grad(tangent_kernel(x, x).sum(), x)[0].isfinite().all()
+    assert tangent_kernel(x, 0 * x[:2]).eq(0).all()  # a node may have nothing around it but zeros
 
 
 def test_kernel_ridge_regression_on_the_learned_nodes_predicts_better():

@@ -77,6 +77,7 @@ def test_the_program_itself():
 def test_help_of_every_command(name, told):
     out, _ = told(name, "--help")
     assert COMMANDS[name].options.__doc__.split()[0] in out
+    assert "configuration file" not in out  # of a section, which is refused
     if COMMANDS[name].distill:
         assert "AdamW learning rate of the token embeddings" in " ".join(out.split())
 
@@ -126,7 +127,7 @@ def test_estimate(tags, encoder_folder, told):
 
 
 def test_distill_leaves_what_it_says(finished):
-    names = {"checkpoint.safetensors", "log.jsonl", "synthetic", "evaluation.md", "run.png"}
+    names = {"attempt.json", "checkpoint.safetensors", "log.jsonl", "synthetic", "evaluation.md", "run.png"}
     assert {path.name for path in finished.iterdir()} == names
     tag = SyntheticTAG.from_pretrained(finished / "synthetic")
     assert len(tag) == len(tag.config["readings"]) == 6
@@ -342,6 +343,18 @@ def test_another_tokenizer(tags, encoder_folder, tmp_path, told):
     assert "was tokenised for encoder" in err
 
 
+def test_texts_longer_than_the_encoder_reads(encoder_folder, graph, prepare_graph, told, tmp_path):
+    """Whose tokenizer does not know how many tokens that are."""
+    mini = shutil.copytree(encoder_folder, tmp_path / "mini")
+    known = json.loads((mini / "tokenizer_config.json").read_text())
+    known.pop("model_max_length")
+    (mini / "tokenizer_config.json").write_text(json.dumps(known))
+    tag = prepare_graph(graph, encoder=str(mini), max_tokens=100)
+    _, err = told("distill", *words(data=tag.path, out=tmp_path / "run", encoder__name=mini, synthetic__size=6), code=2)
+    assert "texts of up to 100 tokens, but encoder" in err
+    assert "has 64 positions; prepare it again with --max_tokens 64 or fewer" in err
+
+
 def test_something_in_the_way_of_the_artifact(tags, encoder_folder, told, tmp_path):
     (tmp_path / "synthetic").mkdir()
     (tmp_path / "synthetic" / "thesis.txt").write_text("mine")
@@ -364,6 +377,10 @@ def test_evaluating_on_another_graph(finished, tags, graph, prepare_graph, told,
     small = words(seeds=1, against="random", recipe__passes=3)
     _, err = told("evaluate", tmp_path / "copy", "--data", tags[7].path, *small, code=2)
     assert "--force true" in err
+    config = tmp_path / "copy" / "config.json"
+    share = json.loads(config.read_text())
+    share["distill"]["synthetic"]["size"] = 0.01  # of the graph that it was made from, where that was six
+    config.write_text(json.dumps(share))
     told("evaluate", tmp_path / "copy", "--data", tags[7].path, "--force", "true", *small)
     renamed = graph.nodes.set_column(
         2, "label", [[f"{name}2" if name else "" for name in graph.nodes["label"].to_pylist()]]

@@ -216,12 +216,41 @@ def test_all_that_is_wrong_is_told_before_anything_runs(plan, told, tmp_path):
         ({"data": {"toy": {3: 4}}}, "data.toy: unknown setting '3'"),
         ({"methods": {"full": {"coreset": "random"}}}, "methods.full: is what the reference"),
         ({"methods": {"c": {"features": "centres", "invert": "no"}}}, "invert = 'no': must be true or false"),
+        ({"methods": {"m": {"coreset": "medoid", "invert": True}}}, "methods.m: invert = True: only encodings"),
+        ({"methods": {"t": {"synthetic.size": 5}}}, "methods.t: synthetic.size is the plan's `sizes:`; leave it out"),
+        (
+            {"settings": {"seed": 1, "encoder.adapters": True}},
+            "settings: seed is the plan's `splits:`, encoder.adapters",
+        ),
+        (
+            {"methods": {"p": {"preset": "paper"}}},
+            "methods.p: its preset or file trains adapters; set `adapters: [true]`",
+        ),
     ],
 )
 def test_an_ordinary_mistake_is_told(plan, changes, problem):
     with pytest.raises(laboratory.ConfigError) as error:
         read_plan(plan(**changes), settings_of)
     assert problem in str(error.value)
+
+
+def test_a_methods_settings_its_file_the_common_ones_and_a_preset_in_this_order(plan, tmp_path):
+    (tmp_path / "best.yaml").write_text("kernel: {ridge: 0.5, layers: 2}\nsynthetic.tokens: 8\nseed: 7\n")
+    file = {"config": str(tmp_path / "best.yaml")}
+    methods = {"best": file, "own": file | {"kernel.layers": 3}, "preset": {"preset": "paper"}}
+    common = {"kernel.ridge": 0.25, "kernel.layers": 1, "synthetic.tokens": 4, "inner.passes": 9}
+    read = read_plan(plan(settings=common, methods=methods, adapters=[True]), settings_of).methods
+    found = [(m.config.kernel.ridge, m.config.kernel.layers, m.config.synthetic.tokens) for m in read]
+    assert found == [(0.5, 2, 8), (0.5, 3, 8), (0.25, 1, 4)]
+    assert {m.config.inner.passes for m in read} == {9}
+    assert [m.config.encoder.adapters for m in read] == [False, False, True]
+
+
+def test_the_reference_of_a_graph_with_a_split_of_its_own_is_trained_once(plan, told, tmp_path):
+    told("compare", plan(methods={"medoid": METHODS["medoid"]}, splits=[1, 0], seeds=1), "--out", tmp_path / "out")
+    assert [(row["method"], row["split"]) for row in rows_in(tmp_path / "out")] == [
+        ("full", 1), ("medoid", 1), ("medoid", 0)
+    ]  # fmt: skip
 
 
 def test_a_plan_has_its_numbers_as_yaml_writes_them(plan):
