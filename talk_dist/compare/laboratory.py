@@ -22,7 +22,7 @@ from talk_dist.commands.runs import identity
 from talk_dist.compare.cell import Cell, encodings, training_set
 from talk_dist.compare.picture import draw_encodings
 from talk_dist.compare.plan import FULL, Method, Plan
-from talk_dist.config import DistillConfig, StudentConfig
+from talk_dist.config import DistillConfig
 from talk_dist.data import storage, tables
 from talk_dist.data.prepare import prepare
 from talk_dist.data.python_api import build_python_api
@@ -192,9 +192,10 @@ class Laboratory:
         return row
 
     def _evaluation(self, student: str) -> EvaluateConfig:
-        plan, kind = self.plan, StudentConfig(kind=student)  # type: ignore[arg-type]
+        plan = self.plan
+        trained = dataclasses.replace(plan.settings.student, kind=student)  # type: ignore[arg-type]
         shares = plan.full_label_smoothing
-        return EvaluateConfig(seeds=plan.seeds, student=kind, full_lr=plan.full_lr, full_label_smoothing=shares)
+        return EvaluateConfig(seeds=plan.seeds, student=trained, full_lr=plan.full_lr, full_label_smoothing=shares)
 
     # -- small things -------------------------------------------------------------------------------------
 

@@ -55,8 +55,8 @@ class Plan:
     """Learning rates, and shares of the labels that are spread over all classes, among which the reference, trained on
     everything, has its own chosen on validation nodes."""
     settings: DistillConfig = field(default_factory=DistillConfig)
-    """What all methods, and the reference, start from: the encoder and the like. They go before a preset, and a
-    method's own file and settings before them."""
+    """What all methods, and the reference, start from: the encoder and the like, and `student.*` of the students that
+    are trained on their sets. They go before a preset, and a method's own file and settings before them."""
     tree: dict[str, Any] = field(default_factory=dict)
     """As it was read."""
 
@@ -195,6 +195,11 @@ def _wrong(plan: Plan) -> list[str]:
         value = getattr(plan, name)
         if not holds or value == ():
             wrong.append(f"{name} = {value!r}: must be {need}")
+    weighed = plan.settings.student.propagation
+    if "gat" in plan.students and weighed != "auto":
+        wrong.append(
+            f"settings: student.propagation = {weighed!r}: gat, one of `students:`, learns its own; take it out"
+        )
     for method in plan.methods:
         if method.kind == "distill" and method.config.encoder.adapters and True not in plan.adapters:
             wrong.append(f"methods.{method.name}: its preset or file trains adapters; set `adapters: [true]`")

@@ -14,7 +14,7 @@ import yaml
 from talk_dist.commands.compare import settings_of
 from talk_dist.compare import laboratory, report
 from talk_dist.compare.plan import read_plan
-from talk_dist.config import DistillConfig
+from talk_dist.config import DistillConfig, StudentConfig
 from talk_dist.evaluate import EvaluateConfig, evaluate, reference
 from talk_dist.runtime.callbacks import ProgressLines
 from talk_dist.runtime.pool import LocalPool
@@ -222,6 +222,7 @@ def test_all_that_is_wrong_is_told_before_anything_runs(plan, told, tmp_path):
             {"settings": {"seed": 1, "encoder.adapters": True}},
             "settings: seed is the plan's `splits:`, encoder.adapters",
         ),
+        ({"settings": {"student.propagation": "mean"}, "students": ["gcn", "gat"]}, "gat, one of `students:`, learns"),
         (
             {"methods": {"p": {"preset": "paper"}}},
             "methods.p: its preset or file trains adapters; set `adapters: [true]`",
@@ -244,6 +245,21 @@ def test_a_methods_settings_its_file_the_common_ones_and_a_preset_in_this_order(
     assert found == [(0.5, 2, 8), (0.5, 3, 8), (0.25, 1, 4)]
     assert {m.config.inner.passes for m in read} == {9}
     assert [m.config.encoder.adapters for m in read] == [False, False, True]
+
+
+def test_students_are_those_of_the_common_settings(plan, told, tags, make_encoder, tmp_path):
+    common = {"encoder.name": make_encoder().config.name, "encoder.pooling": "mean", "encoder.precision": "float32"}
+    common |= {"student.hidden": 8, "student.propagation": "mean", "runtime.threads": 1}
+    methods, one = {"medoid": METHODS["medoid"]}, {"seeds": 1, "full_label_smoothing": [0.0]}
+    told("compare", plan(settings=common, methods=methods, **one), "--out", tmp_path / "out")
+    encoder, config = make_encoder(), DistillConfig()
+    pool = LocalPool(tags[2], encoder, config.kernel, config.runtime)
+    medoid = laboratory.SyntheticTAG.from_pretrained(tmp_path / "out" / "sets" / "toy-split_0-medoid-6-frozen")
+    student = StudentConfig(hidden=8, propagation="mean")
+    expected = evaluate(pool, encoder, medoid, config, EvaluateConfig(seeds=1, student=student, against=()))
+    (row,) = (row for row in rows_in(tmp_path / "out") if row["method"] == "medoid")
+    assert row["val_accuracy"] == list(expected[0].val_accuracy)
+    assert row["accuracy"] == list(expected[0].accuracy)
 
 
 def test_the_reference_of_a_graph_with_a_split_of_its_own_is_trained_once(plan, told, tmp_path):
