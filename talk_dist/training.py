@@ -33,7 +33,7 @@ class StudentConfig:
             propagation=(
                 self.kind != "gat" or self.propagation == "auto",
                 self.propagation,
-                "auto for a GAT, whose weights are learnt",
+                "must be auto for a GAT, whose weights are learnt",
             ),
             dropout=(0 <= self.dropout < 1, self.dropout, "in [0, 1)"),
             **at_least(1, self, "hidden", "depth"),

@@ -256,7 +256,7 @@ def told(capsys):
 @pytest.fixture(scope="session")
 def forking():
     """From here on Ray's workers, whichever process starts them, are forks of one that has imported everything."""
-    with tempfile.TemporaryDirectory(prefix="tf", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patched:
+    with tempfile.TemporaryDirectory(prefix="tf") as folder, pytest.MonkeyPatch.context() as patched:
         address = f"{folder}/forks"  # short: a socket's path has at most 107 bytes
         python = [sys.executable, WARM_START / "sitecustomize.py", address]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

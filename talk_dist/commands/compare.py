@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -58,8 +59,9 @@ class _Preset:
     preset: str = "default"
 
 
-def settings_of(words: list[str]) -> DistillConfig:
-    config = read(Command("distill", "", _Preset, distill=True), words)[1]
+def settings_of(words: list[str], common: Sequence[str] = ()) -> DistillConfig:
+    """Of one method: its own words, and those of all methods."""
+    config = read(Command("distill", "", _Preset, distill=True), words, common)[1]
     assert config is not None
     return config
 

@@ -41,10 +41,17 @@ class Command:
         return found + ([(EvaluateConfig, self.evaluation)] if self.evaluation is not None else [])
 
 
-def read(command: Command, arguments: list[str]) -> tuple[Any, DistillConfig | None, EvaluateConfig | None]:
-    """The options of a command, and the configurations it takes. Raises one ConfigError that lists every problem."""
+def read(
+    command: Command, arguments: list[str], common: Sequence[str] = ()
+) -> tuple[Any, DistillConfig | None, EvaluateConfig | None]:
+    """The options of a command, and the configurations it takes. Raises one ConfigError that lists every problem.
+
+    Of one setting a preset says least, then ``common`` arguments, a file, and ``arguments``.
+    """
     schema = dict(_schema(command))
+    before, shared = _settings(list(common), schema, ())
     arguments, given = _settings(arguments, schema, command.positional)
+    arguments, given = before + arguments, shared + given
     files = [(path, _load_yaml(path)) for key, path in given if key == "config"]
     in_files = [(key, value, path) for path, tree in files for key, value in _flatten(tree, schema)]
     problems = [str(unknown_key(f"--{key}", [f"--{k}" for k in schema])) for key, _ in given if key not in schema]

@@ -72,9 +72,9 @@ class Laboratory:
     def _cells(self, data: str, seed: int) -> Iterator[Cell]:
         """Of one split: the references, of students trained on everything, and what is compared with them."""
         plan = self.plan
-        once = bool(plan.data[data]["prepared"])  # its split is its own, so that the references would be the same
-        for adapters in plan.adapters if seed == plan.splits[0] or not once else ():
-            yield Cell(data, seed, Method(FULL, FULL, "", plan.settings), 0, adapters)
+        if not plan.data[data]["prepared"] or seed == plan.splits[0]:  # else the split is always the same
+            for adapters in plan.adapters:
+                yield Cell(data, seed, Method(FULL, FULL, "", plan.settings), 0, adapters)
         for size, method, adapters in itertools.product(plan.sizes, plan.methods, plan.adapters):
             if (cell := Cell(data, seed, method, size, adapters)).possible:
                 yield cell
@@ -193,8 +193,7 @@ class Laboratory:
 
     def _evaluation(self, student: str) -> EvaluateConfig:
         plan = self.plan
-        trained = dataclasses.replace(plan.settings.student, kind=student)  # type: ignore[arg-type]
-        shares = plan.full_label_smoothing
+        trained, shares = plan.student(student), plan.full_label_smoothing
         return EvaluateConfig(seeds=plan.seeds, student=trained, full_lr=plan.full_lr, full_label_smoothing=shares)
 
     # -- small things -------------------------------------------------------------------------------------

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -17,9 +16,9 @@ from talk_dist.errors import ConfigError
 from talk_dist.schema import accepts, number, unknown_key, words
 from talk_dist.synthetic.baselines import FEATURE_LEVEL
 from talk_dist.synthetic.coresets import METHODS as CORESETS
-from talk_dist.training import StudentKind
+from talk_dist.training import StudentConfig, StudentKind
 
-Read = Callable[[list[str]], DistillConfig]  # settings of a distillation from words of a command line
+Read = Callable[[list[str], list[str]], DistillConfig]  # a distillation's settings: words of its own, and common ones
 FULL = "full"
 OF_THE_PLAN = {"seed": "splits", "synthetic.size": "sizes", "encoder.adapters": "adapters"}  # setting -> where it is
 TABLES = {"prepared": "", "nodes": "", "edges": "", "max_tokens": 128, "parts": 1, "use_split_column": False}
@@ -60,6 +59,10 @@ class Plan:
     tree: dict[str, Any] = field(default_factory=dict)
     """As it was read."""
 
+    def student(self, kind: str) -> StudentConfig:
+        """What is trained on all sets where ``kind`` is asked for. Raises ConfigError if `settings` do not suit it."""
+        return replace(self.settings.student, kind=kind)  # type: ignore[arg-type]
+
 
 def read_plan(path: str, read: Read) -> Plan:
     """The plan at ``path``. Raises one ConfigError that lists every problem, with the nearest known name."""
@@ -76,7 +79,7 @@ def read_plan(path: str, read: Read) -> Plan:
     if not isinstance(common, dict):
         raise ConfigError(f"{path}: settings = {common!r}: must be settings and their values, as `a.b: c`")
     try:
-        plain = read(_words(_own(common)))
+        plain = read([], _words(_own(common)))
     except ConfigError as error:
         problems.append(f"{path}: settings: {error}")
         common = {}
@@ -108,8 +111,7 @@ def read_plan(path: str, read: Read) -> Plan:
 def _method(name: str, entry: Any, common: Mapping[str, Any], read: Read) -> Method:
     if not isinstance(entry, Mapping):
         raise ConfigError("give `preset:`, `coreset:` or `features:` and settings under it")
-    filed = list(_filed(str(entry["config"]))) if "config" in entry else []
-    settings = {key: value for key, value in common.items() if not _names(filed, key)} | dict(_own(entry))
+    settings = dict(_own(entry))
     kinds = {"coreset": list(CORESETS), "features": list(FEATURE_LEVEL)}
     kind = next((kind for kind in kinds if kind in settings), "distill")
     if name == FULL:
@@ -121,7 +123,7 @@ def _method(name: str, entry: Any, common: Mapping[str, Any], read: Read) -> Met
         raise ConfigError("invert = True: only encodings (`features:`) can be inverted; leave it out")
     if kind != "distill" and source not in kinds[kind]:
         raise ConfigError(f"{kind} = {source!r}: one of {', '.join(kinds[kind])}")
-    return Method(name, kind, source, read(_words(settings)), invert)
+    return Method(name, kind, source, read(_words(settings), _words(common)), invert)
 
 
 def _own(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -130,25 +132,6 @@ def _own(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     if theirs:
         raise ConfigError(f"{', '.join(theirs)}; leave it out here")
     return settings
-
-
-def _filed(path: str) -> Iterator[str]:
-    """Dotted names of the settings in a YAML file; none if it cannot be read, which `read` says."""
-
-    def dotted(tree: Any, prefix: str) -> Iterator[str]:
-        if isinstance(tree, dict):
-            for name, value in tree.items():
-                yield from dotted(value, f"{prefix}.{name}" if prefix else str(name))
-        else:
-            yield prefix
-
-    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError), open(path, encoding="utf-8") as file:
-        yield from dotted(yaml.safe_load(file), "")
-
-
-def _names(filed: list[str], key: str) -> bool:
-    """Whether a file that has these settings has ``key``, some of it, or all of its section."""
-    return any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.") for name in filed)
 
 
 def _words(settings: Mapping[str, Any]) -> list[str]:
@@ -195,11 +178,11 @@ def _wrong(plan: Plan) -> list[str]:
         value = getattr(plan, name)
         if not holds or value == ():
             wrong.append(f"{name} = {value!r}: must be {need}")
-    weighed = plan.settings.student.propagation
-    if "gat" in plan.students and weighed != "auto":
-        wrong.append(
-            f"settings: student.propagation = {weighed!r}: gat, one of `students:`, learns its own; take it out"
-        )
+    for student in set(plan.students) & set(get_args(StudentKind)):
+        try:
+            plan.student(student)
+        except ConfigError as error:
+            wrong.append(f"students: {student}: {error}")
     for method in plan.methods:
         if method.kind == "distill" and method.config.encoder.adapters and True not in plan.adapters:
             wrong.append(f"methods.{method.name}: its preset or file trains adapters; set `adapters: [true]`")

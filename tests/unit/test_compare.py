@@ -222,7 +222,10 @@ def test_all_that_is_wrong_is_told_before_anything_runs(plan, told, tmp_path):
             {"settings": {"seed": 1, "encoder.adapters": True}},
             "settings: seed is the plan's `splits:`, encoder.adapters",
         ),
-        ({"settings": {"student.propagation": "mean"}, "students": ["gcn", "gat"]}, "gat, one of `students:`, learns"),
+        (
+            {"settings": {"student.propagation": "mean"}, "students": ["gcn", "gat"]},
+            "students: gat: student.propagation = 'mean': must be auto",
+        ),
         (
             {"methods": {"p": {"preset": "paper"}}},
             "methods.p: its preset or file trains adapters; set `adapters: [true]`",
