@@ -34,10 +34,18 @@ def whole_numbers(column: pa.Array | pa.ChunkedArray) -> Any:
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """The column without dictionary encoding (pandas categories) and views, which few functions of Arrow take."""
+    """The column without dictionary encoding (pandas categories) and views, which few functions of Arrow take. Raises
+    TypeError for bytes that are no text: Arrow reads them and fails wherever they are used."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
+    if pa.types.is_string_view(column.type):
+        column = column.cast(pa.large_string())
+    if is_text(column.type):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise TypeError(f"is not valid UTF-8 ({error}); decode and write it again") from error
+    return column
 
 
 def integers(column: pa.Array) -> pa.Array:

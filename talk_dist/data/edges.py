@@ -34,7 +34,10 @@ def read_edges(table: Table | None, node_id: pa.Array | None, problems: list[str
         columns: dict[str, list[pa.Array]] = {name: [] for name in EDGE_COLUMNS}
         for batch in batches:
             for name, chunks in columns.items():
-                chunks += [plain(batch.column(name))] if batch.num_rows else []
+                try:
+                    chunks += [plain(batch.column(name))] if batch.num_rows else []
+                except TypeError as error:
+                    raise DataError(places[name], str(error)) from error
         del batches
         for name, where in places.items():
             chunks = columns.pop(name)

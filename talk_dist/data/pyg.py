@@ -24,7 +24,7 @@ def from_pyg(data: Any, name: str = "data") -> Source:
     texts = next((value for key in ("text", "raw_texts") if (value := getattr(data, key, None)) is not None), None)
     tensors = {key: getattr(data, key, None) for key in ("edge_index", "y", *masks.values())}
     there = {key: value for key, value in tensors.items() if value is not None}
-    arrays = {key: value.detach().cpu().numpy() for key, value in there.items() if hasattr(value, "detach")}
+    arrays = {key: _numpy(value) for key, value in there.items() if hasattr(value, "detach")}
     foreign = sorted(there.keys() - arrays.keys())
     problems = [f"attribute {key}: is {type(there[key]).__name__}; make it a tensor" for key in foreign]
     if texts is None:
@@ -63,3 +63,9 @@ def from_pyg(data: Any, name: str = "data") -> Source:
         edges = in_memory(pa.table({"src": edge_index[0], "dst": edge_index[1]}), f"{where}, edge_index")
     nodes = Table(where, lambda: [*columns, "text"], batches)
     return Source(name, nodes, edges, overlap_problems(f"{where}, masks", members))
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    """Which knows no bfloat16."""
+    array: np.ndarray = (tensor.double() if tensor.is_floating_point() else tensor).detach().cpu().numpy()
+    return array

@@ -114,18 +114,20 @@ class _NodeScan:
         return self.rows > 0
 
     def _add(self, batch: pa.RecordBatch) -> None:
-        columns = {name: plain(batch.column(name)) for name in batch.schema.names}
+        columns: dict[str, pa.Array] = {}
         takers = {
             "node_id": self._add_ids,
             "text": self._add_texts,
             given.COLUMN: lambda column: self.encodings.add(column, self.rows),
             "label": self._add_labels,
+            "label_name": _check_name,
             "split": self._add_splits,
         }
-        for name, take in takers.items():
+        for name in batch.schema.names:
             try:
-                if name in columns.keys() - self.broken.keys():
-                    take(columns[name])
+                columns[name] = plain(batch.column(name))
+                if name not in self.broken:
+                    takers[name](columns[name])
             except (pa.ArrowException, TypeError) as error:
                 self.broken[name] = str(error).strip()
         if {"label", "label_name"} <= columns.keys() - self.broken.keys():
@@ -154,10 +156,6 @@ class _NodeScan:
         if not is_text(column.type) and not pa.types.is_null(column.type):
             raise TypeError(f"is {column.type}; make it strings")
         column = column.cast(pa.large_string())
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid as error:
-            raise TypeError(f"is not valid UTF-8 ({error}); decode and write the texts again") from error
         self.text_bytes += pc.sum(pc.binary_length(column)).as_py() or 0
         blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True)
         self.blank_texts.append(np.flatnonzero(blank.to_numpy(zero_copy_only=False)) + self.rows)
@@ -254,6 +252,11 @@ class _NodeScan:
             problems.append(f"{self.table.where}, column split: {what}; use train, val, test or an empty string")
         split = np.concatenate(self.split_codes) if self.split_codes else np.zeros(0, np.int8)
         return split if (split >= 0).any() else None
+
+
+def _check_name(column: pa.Array) -> None:
+    if pa.types.is_nested(column.type):
+        raise TypeError(f"is {column.type}; make it strings")
 
 
 def _repeats(node_id: pa.Array) -> bool:

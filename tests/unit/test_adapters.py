@@ -115,8 +115,10 @@ def test_good_ogb_folder(tmp_path: Path) -> None:
 
 def test_good_pyg_data() -> None:
     assert len(validate(from_pyg(pyg(text=np.array(list("abcdef"))))).node_id) == 6
-    graph = validate(from_pyg(pyg(y=torch.tensor([[0], [1], [2], [0], [-1], [2]]))))
-    assert graph.label.tolist() == [0, 1, 2, 0, -1, 2]
+    labels = torch.tensor([[0], [1], [2], [0], [-1], [2]])
+    for kind in (torch.int64, torch.float16, torch.bfloat16):
+        graph = validate(from_pyg(pyg(y=labels.to(kind))))
+        assert graph.label.tolist() == [0, 1, 2, 0, -1, 2]
     assert graph.split is not None
     assert graph.split.tolist() == [0, 0, 0, 1, 1, 1]
     assert (graph.src.tolist(), graph.dst.tolist()) == ([0, 1], [2, 3])

@@ -83,6 +83,7 @@ BAD_NODES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "one name of two labels": ({"label_name": ["a", "a", "c", "a", "a", "c"]}, ["column label_name", "'a'", "rename"]),
 }
+NOT_UTF8 = pa.Array.from_buffers(pa.string(), 6, pa.array([b"a", b"\xff\xfe", b"c", b"d", b"e", b"f"]).buffers())
 BAD_TYPES: dict[str, tuple[dict[str, Any], list[str]]] = {  # CSV has no types to be wrong
     "float ids": ({"node_id": [0.5, 1, 2, 3, 4, 5]}, ["column node_id", "double", "integers or strings"]),
     "huge ids": ({"node_id": pa.array([2**63, *range(5)], pa.uint64())}, ["column node_id", "too large", "64-bit"]),
@@ -95,14 +96,11 @@ BAD_TYPES: dict[str, tuple[dict[str, Any], list[str]]] = {  # CSV has no types t
     "fractional labels": ({"label": [0.5, 1.0, 2.0, 0.0, 1.0, 2.5]}, ["column label", "0.5, 2.5", "integers or str"]),
     "labels are lists": ({"label": [[0]] * 6}, ["column label", "list", "integers"]),
     "splits are numbers": ({"split": [0, 0, 0, 1, 2, 0]}, ["column split", "int64", "train, val, test"]),
-    "text is not UTF-8": (
-        {
-            "text": pa.Array.from_buffers(
-                pa.string(), 6, pa.array([b"a", b"\xff\xfe", b"c", b"d", b"e", b"f"]).buffers()
-            )
-        },
-        ["column text", "not valid UTF-8", "write the texts again"],
-    ),
+    "names are lists": ({"label_name": [["a"]] * 6}, ["column label_name", "list", "make it strings"]),
+    **{
+        f"{name} is not UTF-8": ({name: NOT_UTF8}, [f"column {name}", "not valid UTF-8", "write it again"])
+        for name in ("node_id", "text", "label", "label_name", "split")
+    },
 }
 
 
@@ -152,6 +150,7 @@ def test_bad_edge_table(
         ({"src": [10.0], "dst": [11.0]}, ["column src", "is double", "both integers or both"]),
         ({"src": [10, None], "dst": [11, 12]}, ["column src", "1 edges", "null", "drop the edges"]),
         ({"src": pa.array([2**64 - 1], pa.uint64()), "dst": [11]}, ["column src", "signed 64-bit"]),
+        ({"src": [10] * 6, "dst": NOT_UTF8}, ["column dst", "not valid UTF-8", "write it again"]),
     ],
 )
 def test_edges_of_another_type_than_the_ids(tmp_path: Path, edges: dict[str, Any], contains: list[str]) -> None:
