@@ -10,6 +10,7 @@ import re
 from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any, get_origin, get_type_hints
 
 import yaml
@@ -62,7 +63,9 @@ def read(
         base = preset(str(chosen[-1])) if chosen else base
     except ConfigError as error:
         problems.append(str(error))
-    parser = _parser(command, base)
+    parser = _parser(command)
+    if command.distill:
+        parser.set_defaults(base.to_dict())
     for key, value, *path in [*given, *in_files]:
         allowed = schema.get(key)
         if allowed is not None and key not in ("config", "preset") and not _accepts(allowed, value):
@@ -94,7 +97,8 @@ def _raise(problems: list[str]) -> None:
         raise ConfigError(listed(problems))
 
 
-def _parser(command: Command, base: DistillConfig) -> ArgumentParser:
+@cache  # jsonargparse reads the sources of all dataclasses to make one; a plan of `compare` needs one a method
+def _parser(command: Command) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = " ".join(["talk-dist", command.name, *(f"[{p.upper()}]" for p in command.positional)])
     parser = ArgumentParser(
@@ -107,8 +111,6 @@ def _parser(command: Command, base: DistillConfig) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
     for kind, prefix in command.sections:
         parser.add_class_arguments(kind, prefix or None)
-        if kind is DistillConfig:
-            parser.set_defaults(base.to_dict())
     schema = dict(_schema(command))
     for action in parser._actions:  # jsonargparse offers to read a file for each section, which is refused here
         if is_dataclass(schema.get(action.dest)):
