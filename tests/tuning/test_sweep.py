@@ -42,10 +42,16 @@ def data(graph, prepare_graph):
 
 
 @pytest.fixture(scope="module")
-def plain(one_ray, data, words, tmp_path_factory):
+def given(graph, prepare_graph):
+    """Folder of the toy graph with encodings in place of texts."""
+    return prepare_graph(graph.with_encodings(32), parts=2, encoder="given:32").path
+
+
+@pytest.fixture(scope="module")
+def plain(one_ray, given, given_words, tmp_path_factory):
     """The folder of an undisturbed sweep of five trials, and what it said."""
     out, said = tmp_path_factory.mktemp("plain"), io.StringIO()
-    line = words(data, out, trials=5, name="s")
+    line = given_words(given, out, trials=5, name="s")
     space = line[line.index("--space") + 1] = str(shutil.copy(line[line.index("--space") + 1], out / "space.yaml"))
     with contextlib.redirect_stdout(said):
         assert main(line) == 0
@@ -54,25 +60,17 @@ def plain(one_ray, data, words, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def given(graph, prepare_graph):
-    """Folder of the toy graph with encodings in place of texts."""
-    return prepare_graph(graph.with_encodings(32), parts=2, encoder="given:32").path
-
-
-@pytest.fixture(scope="module")
-def whole(one_ray, given, given_words, tmp_path_factory):
-    """The trials of an undisturbed sweep of five when it was done and was given a sixth, and of what it repeats
-    afterwards."""
+def whole(plain, tmp_path_factory):
+    """The trials of that sweep when it was moved and given a sixth, and of what it repeats afterwards."""
     out = tmp_path_factory.mktemp("whole")
-    assert main(given_words(given, out, trials=5, name="s")) == 0
-    five = trials(out / "s")
+    shutil.copytree(plain[0], out / "s")
     assert main(["tune", "--out", str(out), "--resume", "s", "--trials", "6", "--confirm", "1"]) == 0
     found = trials(out / "s")
-    assert found[:5] == five
+    assert found[:5] == trials(plain[0])
     return found
 
 
-def test_a_sweep_leaves_what_it_says(plain, data, told, tmp_path):
+def test_a_sweep_leaves_what_it_says(plain, given, told, tmp_path):
     folder, out = plain
     rows = trials(folder)
     assert [row["number"] for row in rows] == list(range(5))
@@ -84,10 +82,10 @@ def test_a_sweep_leaves_what_it_says(plain, data, told, tmp_path):
     assert f"best        validation accuracy {best['accuracy']:.4f} (trial {best['number']})\n" in out
 
     first = rows[0]  # the settings that the sweep was started with, ridge and all
-    assert (first["state"], first["ridge"], first["synthetic.tokens"]) == ("complete", 0.1, 4)
+    assert (first["state"], first["ridge"], first["two_stage.feature_steps"]) == ("complete", 0.1, 6)
     assert best["accuracy"] >= first["accuracy"]
 
-    told("distill", "--data", data, "--config", folder / "best.yaml", "--out", tmp_path / "again")
+    told("distill", "--data", given, "--config", folder / "best.yaml", "--out", tmp_path / "again")
     made = tmp_path / "again" / "synthetic" / "synthetic.safetensors"
     kept = folder / "trials" / f"{best['number']:05d}" / "synthetic" / "synthetic.safetensors"
     assert made.read_bytes() == kept.read_bytes()  # best.yaml is the trial, to the bit
@@ -105,7 +103,8 @@ def test_a_sweep_leaves_what_it_says(plain, data, told, tmp_path):
     assert [trial.params.get("outer.lr") for trial in theirs.trials] == [row["outer.lr"] for row in rows]
 
 
-def test_encodings_are_computed_once_for_all_sweeps(plain, data, words, told, tmp_path):
+def test_encodings_are_computed_once_for_all_sweeps(one_ray, data, words, told, tmp_path):
+    told(*words(data, tmp_path, trials=1, name="first"))
     stamps = {path.name: path.stat().st_mtime_ns for path in Path(data, "encodings").glob("*.npy")}
     assert len(stamps) == 2  # a file a part
     told(*words(data, tmp_path, trials=2, name="second", concurrent=2, objectives="[accuracy, bytes]"))
@@ -135,10 +134,10 @@ def test_stopped_and_killed_at_random_and_gone_on_with(given, given_words, whole
     assert trials(tmp_path / "s") == whole
 
 
-def test_trials_with_actors_say_the_same(data, words, plain, told, tmp_path):
+def test_trials_with_actors_say_the_same(given, given_words, plain, told, tmp_path):
     """A trial's shards live in what was reserved for it."""
     on_ray = ["--runtime.kind", "ray", "--cluster.actors", "1", "--cluster.cpus", "1"]
-    told(*words(data, tmp_path, *on_ray, trials=2, name="s"))
+    told(*given_words(given, tmp_path, *on_ray, trials=2, name="s"))
     assert trials(tmp_path / "s") == trials(plain[0])[:2]
 
 
