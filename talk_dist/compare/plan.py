@@ -178,7 +178,7 @@ def _wrong(plan: Plan) -> list[str]:
         value = getattr(plan, name)
         if not holds or value == ():
             wrong.append(f"{name} = {value!r}: must be {need}")
-    for student in set(plan.students) & set(get_args(StudentKind)):
+    for student in (kind for kind in get_args(StudentKind) if kind in plan.students):
         try:
             plan.student(student)
         except ConfigError as error:

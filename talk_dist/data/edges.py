@@ -34,13 +34,13 @@ def read_edges(table: Table | None, node_id: pa.Array | None, problems: list[str
         columns: dict[str, list[pa.Array]] = {name: [] for name in EDGE_COLUMNS}
         for batch in batches:
             for name, chunks in columns.items():
-                try:
-                    chunks += [plain(batch.column(name))] if batch.num_rows else []
-                except TypeError as error:
-                    raise DataError(places[name], str(error)) from error
+                chunks += [batch.column(name)] if batch.num_rows else []
         del batches
         for name, where in places.items():
-            chunks = columns.pop(name)
+            try:
+                chunks = [plain(chunk) for chunk in columns.pop(name)]
+            except TypeError as error:
+                raise DataError(where, str(error)) from error
             if len({chunk.type for chunk in chunks}) > 1:
                 raise DataError(where, "has another type in another file; make all alike")
             if chunks:

@@ -124,10 +124,11 @@ class _NodeScan:
             "split": self._add_splits,
         }
         for name in batch.schema.names:
+            if name in self.broken:
+                continue
             try:
                 columns[name] = plain(batch.column(name))
-                if name not in self.broken:
-                    takers[name](columns[name])
+                takers[name](columns[name])
             except (pa.ArrowException, TypeError) as error:
                 self.broken[name] = str(error).strip()
         if {"label", "label_name"} <= columns.keys() - self.broken.keys():
