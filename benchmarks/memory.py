@@ -25,7 +25,7 @@ from talk_dist.data.tag import PreparedTag
 from talk_dist.runtime.estimate import Plan
 
 SHORT = "--two_stage.feature_steps 6 --two_stage.validate_every 6 --two_stage.token_steps 3 --outer.epochs 1"
-SHORT += " --outer.steps 3 --runtime.cache false"
+SHORT += " --two_stage.student_steps 2 --outer.steps 3 --runtime.cache false"
 ADAPTERS = "--encoder.adapters true --inner.passes 5"
 RANDOM = "--synthetic.init random"
 MIB = 1 << 20

@@ -63,13 +63,15 @@ def test_a_start_from_texts_reports_no_stage_one(trial):
     assert [report["step"] for report in reports] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("cut_after", [1, 2, 3])
-def test_cut_off_anywhere_it_ends_as_if_it_had_not_been(trial, cut_after):
+def test_cut_off_anywhere_it_ends_as_if_it_had_not_been(trial):
     whole, reports = trial(folder="whole")
-    assert trial(folder="cut", cut_after=cut_after)[1] == reports[:cut_after]
-    again, rest = trial(folder="cut")
-    assert again == whole
-    assert rest == reports[-len(rest) :]  # the best of before the cut counts
+    assert len(reports) >= 3
+    for cut_after in (1, 2, 3):
+        folder = f"cut-{cut_after}"
+        assert trial(folder=folder, cut_after=cut_after)[1] == reports[:cut_after]
+        again, rest = trial(folder=folder)
+        assert again == whole
+        assert rest == reports[-len(rest) :]  # the best of before the cut counts
 
 
 def test_cut_off_after_the_last_epoch(trial):

@@ -46,7 +46,7 @@ def plan(tags, encoder_folder, tmp_path):
 
     def write(**changes):
         tree = {"data": {"toy": {"prepared": tags[2].path}}, "settings": common, "methods": METHODS}
-        tree |= {"sizes": [6], "splits": [0], "seeds": 2, "full_lr": [5e-3]}
+        tree |= {"sizes": [6], "splits": [0], "seeds": 2, "full_lr": [5e-3], "full_label_smoothing": [0.0]}
         path = tmp_path / "plan.yaml"
         path.write_text(
             yaml.safe_dump(
@@ -71,9 +71,8 @@ def test_a_row_is_what_evaluate_says(plan, told, tags, make_encoder, tmp_path):
     encoder, config = make_encoder(), DistillConfig()
     pool = LocalPool(tags[2], encoder, config.kernel, config.runtime)
     medoid = laboratory.SyntheticTAG.from_pretrained(tmp_path / "out" / "sets" / "toy-split_0-medoid-6-frozen")
-    expected = evaluate(
-        pool, encoder, medoid, config, EvaluateConfig(seeds=2, against=("full", "medoid"), full_lr=(5e-3,))
-    )
+    settings = EvaluateConfig(seeds=2, against=("full", "medoid"), full_lr=(5e-3,), full_label_smoothing=(0.0,))
+    expected = evaluate(pool, encoder, medoid, config, settings)
     for name, row in zip(("medoid", "full"), expected, strict=False):
         assert rows[name]["accuracy"] == list(row.accuracy)
         assert rows[name]["val_accuracy"] == list(row.val_accuracy)
@@ -253,8 +252,8 @@ def test_a_methods_settings_its_file_the_common_ones_and_a_preset_in_this_order(
 def test_students_are_those_of_the_common_settings(plan, told, tags, make_encoder, tmp_path):
     common = {"encoder.name": make_encoder().config.name, "encoder.pooling": "mean", "encoder.precision": "float32"}
     common |= {"student.hidden": 8, "student.propagation": "mean", "runtime.threads": 1}
-    methods, one = {"medoid": METHODS["medoid"]}, {"seeds": 1, "full_label_smoothing": [0.0]}
-    told("compare", plan(settings=common, methods=methods, **one), "--out", tmp_path / "out")
+    methods = {"medoid": METHODS["medoid"]}
+    told("compare", plan(settings=common, methods=methods, seeds=1), "--out", tmp_path / "out")
     encoder, config = make_encoder(), DistillConfig()
     pool = LocalPool(tags[2], encoder, config.kernel, config.runtime)
     medoid = laboratory.SyntheticTAG.from_pretrained(tmp_path / "out" / "sets" / "toy-split_0-medoid-6-frozen")

@@ -51,7 +51,8 @@ def run(make_encoder, make_pool):
 @pytest.mark.parametrize("init", ["random", "medoid", "two-stage"])
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_seed_fixes_the_result_and_another_one_changes_it(run, init, adapters):
-    config = settings(synthetic={"init": init}, encoder={"adapters": adapters}, outer={"epochs": 2, "steps": 2})
+    small = {"inner": {"passes": 10}, "outer": {"epochs": 2, "steps": 2}}
+    config = settings(synthetic={"init": init}, encoder={"adapters": adapters}, **small)
     first, *_ = run(config)
     torch.rand(3)  # what others draw does not matter
     again, *_ = run(config)

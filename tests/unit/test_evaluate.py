@@ -43,7 +43,8 @@ def a_coreset(pool, encoder, method="random"):
 def test_every_student_on_every_set(make_encoder, make_pool, adapters, kind):
     encoder = make_encoder(adapters=adapters)
     pool = make_pool(encoder, 2)
-    config = quick(student=StudentConfig(kind=kind, hidden=16, dropout=0.0))
+    against = ("full", "random") if adapters else EvaluateConfig.against
+    config = quick(student=StudentConfig(kind=kind, hidden=16, dropout=0.0), against=against)
     rows = evaluate(pool, encoder, a_coreset(pool, encoder), CONFIG, config)
     assert [row.name for row in rows] == ["synthetic", *config.against]
     assert all(len(row.accuracy) == 2 and 0 <= min(row.accuracy) <= max(row.accuracy) <= 1 for row in rows)
@@ -164,7 +165,7 @@ def test_progress_counts_passes_of_all_students(make_encoder, make_pool, adapter
     def report(stage, done, total, facts):
         told.setdefault(stage, []).append((done, total, dict(facts)))
 
-    pool, config = make_pool(encoder, 1), quick(seeds=3, full_epochs=0)
+    pool, config = make_pool(encoder, 1), quick(seeds=3, full_epochs=0, against=("full", "herding"))
     evaluate(pool, encoder, a_coreset(pool, encoder), CONFIG, config, report)
     for name in ("synthetic", "full, learning rate 0.02, label smoothing 0.1", "herding"):
         done, total, facts = zip(*told[name], strict=True)
