@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from talk_dist.errors import CapacityError
 from talk_dist.resources import ClusterConfig, RuntimeConfig
-from talk_dist.runtime.estimate import gib
+from talk_dist.runtime.memory import gib
 
 TOLD_EVERY = 10.0  # seconds between lines about what is missing
 

@@ -28,7 +28,7 @@ from talk_dist.models.protocol import Adapters, Progress
 from talk_dist.resources import ClusterConfig, RuntimeConfig
 from talk_dist.runtime.boundary import LossSpec, ShardGrads, ShardSpec, Share, StudentGrads, StudentState
 from talk_dist.runtime.encodings import EncodingCache
-from talk_dist.runtime.estimate import gib
+from talk_dist.runtime.memory import gib
 from talk_dist.runtime.meter import Meter
 from talk_dist.runtime.pool import (
     TrainSample,

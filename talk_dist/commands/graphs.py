@@ -21,7 +21,7 @@ from talk_dist.errors import ConfigError, DataError
 from talk_dist.evaluate import EvaluateConfig
 from talk_dist.models.device import bfloat16, pick_device
 from talk_dist.models.encoder import load_encoder
-from talk_dist.runtime import estimate
+from talk_dist.runtime import memory
 from talk_dist.runtime.callbacks import ProgressLines
 from talk_dist.runtime.pool import LocalPool
 from talk_dist.runtime.speed import measured_rate
@@ -119,7 +119,7 @@ class Estimate:
         plan = preflight.planned(tag, config, EvaluateConfig() if self.evaluate else None)
         device = torch.device(pick_device(config.encoder.device))
         rate = measured_rate(device, bfloat16(config.encoder.precision, device))
-        print(report.plan(self.data, plan, config, estimate.available_memory(), rate))
+        print(report.plan(self.data, plan, config, memory.available(), rate))
         preflight.refuse_if_too_large(plan, config)
 
 

@@ -19,8 +19,9 @@ from talk_dist.models.device import pick_device
 from talk_dist.models.protocol import Encoder
 from talk_dist.models.shape import ModelShape
 from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
-from talk_dist.runtime import estimate
+from talk_dist.runtime import estimate, memory
 from talk_dist.runtime.fields import available_disk
+from talk_dist.runtime.memory import gib
 from talk_dist.synthetic.artifact import CONFIG, SyntheticTAG
 from talk_dist.synthetic.init import class_counts, num_synthetic
 
@@ -140,7 +141,7 @@ def refuse_if_too_large(plan: estimate.Plan, config: DistillConfig) -> None:
 
     What the actors of a cluster need, the cluster is asked for.
     """
-    available = estimate.available_memory()
+    available = memory.available()
     here = plan.whole() if config.runtime.kind == "local" else plan.driver(config.deepspeed.workers > 0)
     if available is not None and here.host > available:
         raise CapacityError(here.refusal("this" if config.runtime.kind == "local" else "the driver", available))
@@ -148,7 +149,7 @@ def refuse_if_too_large(plan: estimate.Plan, config: DistillConfig) -> None:
         room = available_disk(config.runtime.scratch)
         if plan.disk > room:
             raise CapacityError(
-                f"this needs {estimate.gib(plan.disk)} on disk and {estimate.gib(room)} are free in "
+                f"this needs {gib(plan.disk)} on disk and {gib(room)} are free in "
                 f"{config.runtime.scratch or 'the folder for temporary files'}; set --runtime.scratch to a folder with "
                 "more room, or --kernel.fields memory"
             )

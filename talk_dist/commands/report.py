@@ -12,7 +12,8 @@ import torch
 
 from talk_dist.config import DistillConfig
 from talk_dist.evaluate import EvaluateConfig, Row, retention, table
-from talk_dist.runtime.estimate import Plan, Process, gib
+from talk_dist.runtime.estimate import PASSING, Plan, Process
+from talk_dist.runtime.memory import gib
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.decode import Neighbour
 
@@ -101,11 +102,13 @@ def neighbours(tag: SyntheticTAG, found: Sequence[Sequence[Neighbour]]) -> str:
 def plan(path: str, found: Plan, config: DistillConfig, available: int | None, rate: float) -> str:
     """Memory and time of a distillation, process by process."""
     arrays = {name: sum(shard[name] for shard in found.shards) for name in found.shards[0]}
+    passing = {name: arrays.pop(name) for name in PASSING}
     memory = [["encoder", gib(found.model)], [f"shards ({len(found.shards)})", gib(sum(arrays.values()))]]
     memory += [[f"  {name}", gib(size)] for name, size in arrays.items()]
+    memory += [["on its way between shards", gib(passing["halo"])]] if passing["halo"] else []
     memory += [["  on disk (runtime.scratch)", gib(found.disk)]] if found.disk else []
     memory += [["driver", gib(found.driver_arrays)]]
-    memory += [[f"while: {name}", gib(size)] for name, size in found.working.items()]
+    memory += [[f"while: {name}", gib(size)] for name, size in found.whole().working.items()]
     processes = [[name, gib(p.host), gib(p.on_device) if p.device else "–"] for name, p in _processes(found, config)]
     processes.append(["free here now", "unknown" if available is None else gib(available), ""])
     seconds = found.seconds(rate)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from talk_dist.config import BITS, DistillConfig
 from talk_dist.models.shape import ModelShape
 from talk_dist.runtime.chunks import HISTORY, LIVE_BUFFERS, TILE_ELEMENTS, TILE_ROWS, TOGETHER
 from talk_dist.runtime.fields import READ_ROWS
+from talk_dist.runtime.memory import gib
 from talk_dist.runtime.pool import sample_size
 from talk_dist.runtime.propagate import PROPAGATED_BYTES, PROPAGATED_ENTRIES
 from talk_dist.runtime.shard import ENCODED_ROWS
@@ -30,6 +30,7 @@ HEAP = 1.5  # arrays of many sizes leave holes in the heap
 HEAP_UNTRIMMED = 2.0  # more of them where nothing gives memory back in between
 MAPPED_BYTES = 32 << 20  # glibc maps larger arrays one by one: they leave no holes
 SOLVE_BUFFERS = 10  # arrays of the size (M, M) that K_ss with gradient holds at its peak, a hop and layer
+PASSING = ("halo", "student")  # of a shard's arrays, those that it does not keep
 DRIVER_PHASES = ("inject", "tokens", "start", "solve", "full")  # of a run whose shards are elsewhere
 REMEDIES = {
     "start": "lower --synthetic.size",
@@ -68,8 +69,7 @@ class Process:
 
     @property
     def host(self) -> int:
-        there = 0 if self.device else self.model + self.working[self.largest]
-        return self.base + sum(self.held.values()) + there
+        return self.base + sum(self.held.values()) + (0 if self.device else self.model + self.working[self.largest])
 
     def refusal(self, who: str, available: int) -> str:
         """Why ``who`` cannot run in ``available`` bytes, and what to change."""
@@ -87,7 +87,7 @@ class Plan:
 
     nodes: int
     artifact_bytes: int
-    shards: list[dict[str, int]]  # of each shard, by array: held from the first encoding to the end
+    shards: list[dict[str, int]]  # of each shard, by array: held to the end, but for those PASSING
     model: int  # the language model
     adapters: int
     driver_arrays: int  # token embeddings and their optimizer
@@ -105,14 +105,19 @@ class Plan:
     def whole(self) -> Process:
         """The one process of a local run."""
         held = {"shards": sum(map(_total, self.shards)), "driver": self.driver_arrays}
-        return Process(BASE_BYTES + DRIVER_BYTES, held, self.model, self.working, self.device)
+        return Process(BASE_BYTES + DRIVER_BYTES, held, self.model, self._working(self.shards), self.device)
 
     def actor(self, parts: Sequence[int], borrows: bool = False) -> Process:
         """A process that holds these parts and an encoder of its own, or ``borrows`` that of the workers."""
-        phases = ("propagate", "students", "kernel")
-        working = {name: self.working[name] for name in (phases if borrows else ("encode", *phases))}
-        held = {"shards": sum(_total(self.shards[part]) for part in parts)}
+        shards = [self.shards[part] for part in parts]
+        phases = ("propagate", "students", "kernel") if borrows else ("encode", "propagate", "students", "kernel")
+        working = {name: size for name, size in self._working(shards).items() if name in phases}
+        held = {"shards": sum(map(_total, shards))}
         return Process(BASE_BYTES + RAY_BYTES, held, 0 if borrows else self.model, working, self.device)
+
+    def _working(self, shards: list[dict[str, int]]) -> dict[str, int]:
+        """With a student's rows, which all shards of a process hold together."""
+        return self.working | {"students": self.working["students"] + sum(shard["student"] for shard in shards)}
 
     def driver(self, group: bool) -> Process:
         """The driver of a run on a cluster; with a ``group`` the language model is not in it."""
@@ -139,7 +144,8 @@ class Plan:
         away = (parts - parts / actors) / (parts - 1) if parts > 1 else 0.0  # of the neighbours, in other actors
         halo = int(2 * away * sum(shard["halo"] for shard in self.shards))
         step = self.broadcast * (nodes or actors) + self.reply * parts
-        return self.adapters + max(halo, step, self.sample, self.student, self.token_table if group else 0)
+        start = self.sample + self.student * (1 + parts)  # a teacher is trained as soon as the sample is there
+        return self.adapters + max(halo, step, start, self.token_table if group else 0)
 
     def seconds(self, rate: float) -> dict[str, float]:
         """By phase, for a machine whose matrix product runs at ``rate`` FLOP/s."""
@@ -197,7 +203,7 @@ def _sample(meta: dict[str, Any], m: int, width: int) -> int:
 
 
 def _total(shard: dict[str, int]) -> int:
-    return sum(size for name, size in shard.items() if name != "halo")  # halo: on its way, not held
+    return sum(size for name, size in shard.items() if name not in PASSING)
 
 
 def _lower(part: dict[str, Any], config: DistillConfig, model: ModelShape) -> int:
@@ -277,24 +283,3 @@ def _working(
         if config.encoder.adapters:
             working["full"] += model.activations(32, longest, kept=True)
     return {name: int(size) for name, size in working.items()}
-
-
-def available_memory() -> int | None:
-    """Bytes this process can still take: what the kernel says, or the container's limit; None if unknown."""
-    free = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-        free.append(int(line.split()[1]) << 10)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        anonymous = next(line for line in used.read_text().splitlines() if line.startswith("anon "))
-        free.append(int(limit.read_text()) - int(anonymous.split()[1]))
-    return min(free, default=None)
-
-
-def gib(count: float) -> str:
-    """Bytes in a unit that people read."""
-    if count < 1 << 20:
-        return f"{count / 1024:.1f} KiB"
-    return f"{count / (1 << 20):.0f} MiB" if count < 1 << 30 else f"{count / (1 << 30):.1f} GiB"

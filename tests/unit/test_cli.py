@@ -22,7 +22,7 @@ from talk_dist.commands import call, place, runs
 from talk_dist.commands.folder import RunFolder
 from talk_dist.config import DistillConfig
 from talk_dist.data.tag import PreparedTag
-from talk_dist.runtime import estimate
+from talk_dist.runtime import memory
 from talk_dist.runtime.callbacks import Callback, Stop
 from talk_dist.synthetic.artifact import SyntheticTAG
 
@@ -364,7 +364,7 @@ def test_something_in_the_way_of_the_artifact(tags, encoder_folder, told, tmp_pa
 
 
 def test_a_machine_that_is_too_small(tags, encoder_folder, told, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "available_memory", lambda: 100 << 20)
+    monkeypatch.setattr(memory, "available", lambda: 100 << 20)
     arguments = words(data=tags[1].path, out=tmp_path, encoder__name=encoder_folder, synthetic__size=6)
     assert "100 MiB are free" in told("distill", *arguments, code=2)[1]
     out, err = told("estimate", tags[1].path, *arguments[4:], code=2)

@@ -13,7 +13,7 @@ from talk_dist.config import DistillConfig
 from talk_dist.errors import CapacityError, ConfigError
 from talk_dist.evaluate import EvaluateConfig
 from talk_dist.models.shape import ModelShape
-from talk_dist.runtime import estimate
+from talk_dist.runtime import estimate, memory
 from talk_dist.runtime.estimate import plan
 from talk_dist.runtime.shard import field_names
 from talk_dist.runtime.speed import measured_rate
@@ -122,6 +122,20 @@ def test_fields_on_disk_are_not_held(tags):
         assert {**counted, **shard} == {**counted, "H": 0, "Z": 0, "hops before": 0, "student": 0}
 
 
+def test_a_students_rows_are_held_while_it_passes_alone(tags):
+    """Of all shards of a process at once, beside what the phase needs anyway."""
+    there = plan(tags[2].meta, DistillConfig(), MINILM, 5, None)
+    rows = [shard["student"] for shard in there.shards]
+    assert min(rows) > 0
+    for process, parts in ((there.whole(), [0, 1]), (there.actor([1]), [1]), (there.actor([0, 1]), [0, 1])):
+        others = {name: size for name, size in process.working.items() if name != "students"}
+        assert others == {name: there.working[name] for name in others}
+        assert process.working["students"] - there.working["students"] == sum(rows[part] for part in parts)
+        assert process.held["shards"] == sum(
+            size for part in parts for name, size in there.shards[part].items() if name not in ("halo", "student")
+        )
+
+
 @pytest.mark.parametrize("parts", [1, 7])
 def test_what_is_kept_below_the_adapters_is_counted(tags, make_encoder, make_pool, parts):
     """In memory with the shard, on disk with the rest; not without frozen layers, nor where workers encode."""
@@ -175,7 +189,7 @@ def test_object_stores(tags):
     one, two = (plan(tags[parts].meta, DistillConfig(), MINILM, 50, None) for parts in (1, 2))
     halo = sum(shard["halo"] for shard in two.shards)
     assert two.object_store(2) >= 2 * halo  # H and Z
-    assert two.object_store(1) <= one.object_store(1) + two.reply  # neighbours in the same process send nothing
+    assert two.object_store(1) <= one.object_store(1) + two.reply + two.student  # neighbours in the same process send nothing
     many = dataclasses.replace(two, broadcast=1 << 40)
     assert many.object_store(2) > 1.9 * many.object_store(2, nodes=1)
     assert two.object_store(2, group=True) >= two.token_table
@@ -206,6 +220,6 @@ def test_what_cannot_fit_is_refused_with_a_remedy(tags, config, advice):
 
 
 def test_what_the_machine_says():
-    assert 0 < estimate.available_memory() < 2**60
+    assert 0 < memory.available() < 2**60
     assert measured_rate(torch.device("cpu"), False, seconds=0.05) > 1e6
-    assert [estimate.gib(n) for n in (512, 3 << 20, 5 << 30)] == ["0.5 KiB", "3 MiB", "5.0 GiB"]
+    assert [memory.gib(n) for n in (512, 3 << 20, 5 << 30)] == ["0.5 KiB", "3 MiB", "5.0 GiB"]
