@@ -89,18 +89,12 @@ def measure(setup: Setup, data: Path, scratch: Path) -> list[tuple[str, str, int
         driver = plan.driver(setup.workers > 0)
         rows = [("driver", driver.largest, driver.host, vitals.pop("driver"))]
         for name, found in vitals.items():
-            actor = plan.actor([int(part) for part in name.removeprefix("shard-").split("+")])
-            rows.append(
-                (
-                    name.replace("shard-", "actor with ") if setup.parts > 1 else "actor",
-                    actor.largest,
-                    actor.host,
-                    found,
-                )
-            )
-        if setup.workers:
-            worker = plan.worker(setup.workers, config.deepspeed.stage)
-            rows += [("worker", worker.largest, worker.host, found) for found in watch.of("EncoderWorker")]
+            if name.startswith("encoder-"):
+                who, process = "worker", plan.worker(setup.workers, config.deepspeed.stage)
+            else:
+                process = plan.actor([int(part) for part in name.removeprefix("shard-").split("+")])
+                who = name.replace("shard-", "actor with ") if setup.parts > 1 else "actor"
+            rows.append((who, process.largest, process.host, found))
         return [*rows, ("object store", "", plan.object_store(setup.actors, 1, setup.workers > 0), watch.store)]
 
 

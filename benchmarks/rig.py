@@ -66,22 +66,15 @@ def resident(pid: int, field: str = "VmHWM") -> int:
 
 
 class Watch(threading.Thread):
-    """The peaks of all actors, and of the object stores together, for as long as the block runs."""
+    """The peak of the object stores together, for as long as the block runs."""
 
     def __init__(self, every: float = 0.2):
         super().__init__(daemon=True)
         self.every, self.over = every, threading.Event()
-        self.peaks: dict[tuple[str, int], int] = {}
         self.store = 0
 
     def run(self) -> None:
-        turn = 0
         while not self.over.wait(self.every):
-            if turn % 10 == 0:  # to look for processes costs more than to look at them
-                pids = workers()
-            turn += 1
-            for pid, kind in pids.items():
-                self.peaks[kind, pid] = max(self.peaks.get((kind, pid), 0), resident(pid))
             if ray.is_initialized():
                 nodes = [(n["NodeManagerAddress"], n["NodeManagerPort"]) for n in ray.nodes() if n["Alive"]]
                 used = sum(node_stats(*node, False).store_stats.object_store_bytes_used for node in nodes)
@@ -94,9 +87,6 @@ class Watch(threading.Thread):
     def __exit__(self, *_: object) -> None:
         self.over.set()
         self.join()
-
-    def of(self, kind: str) -> list[int]:
-        return sorted(value for (name, _), value in self.peaks.items() if name == kind)
 
 
 def distill_command(data: str | Path, out: str | Path, options: Sequence[str]) -> list[str]:

@@ -105,11 +105,11 @@ class RayPool:
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str, block: Share = (0, 1)) -> np.ndarray:
         return add(self._ask("krr_scores", self._broadcast(h_s), self._broadcast(dual), split, block))
 
-    def student_scores(self, student: StudentState, split: str) -> np.ndarray:
+    def student_scores(self, student: StudentState, split: str, progress: Progress | None = None) -> np.ndarray:
         state, stages, failures = self._broadcast(student), student.build().num_stages, Failures()
         while True:
             self._bring_up(failures)
-            scores = self._student_scores(state, stages, split, failures)
+            scores = self._student_scores(state, stages, split, failures, progress)
             if scores is not None:
                 return scores
 
@@ -186,7 +186,9 @@ class RayPool:
             ("propagate", lambda part: self._actor(part).call.remote(part, "propagate", source, target)),
         ]
 
-    def _student_scores(self, state: Any, stages: int, split: str, failures: Failures) -> np.ndarray | None:
+    def _student_scores(
+        self, state: Any, stages: int, split: str, failures: Failures, progress: Progress | None
+    ) -> np.ndarray | None:
         """One pass of the student over all shards; None if one was lost, because its layers cannot be caught up."""
 
         def every(start: Start) -> dict[int, Any] | None:
@@ -199,6 +201,8 @@ class RayPool:
         if call("student_begin", state) is None:
             return None
         for stage in range(stages):
+            if progress:
+                progress(stage, stages)
             if stage:
                 with self.meter.time("exchange"):
                     moved = every(self._exchange("X", 1))

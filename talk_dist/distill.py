@@ -73,7 +73,7 @@ def distill(
             h_s = encoder.encode_embeds(state.x_s, batch=batch)
             record: dict[str, Any] = {
                 "epoch": state.epoch,
-                "val_accuracy": student_accuracy(pool, student, "val"),
+                "val_accuracy": student_accuracy(pool, student, "val", tell.progress),
                 "krr_val_accuracy": accuracy(objective.krr_counts(h_s, state.y_s, "val")),
                 "inner_loss": inner.loss,
                 "inner_passes": inner.passes,

@@ -15,6 +15,7 @@ from talk_dist.config import DistillConfig
 from talk_dist.kernel.krr import DualSolution, complete_gradient, dual_coefficients, loss_scale
 from talk_dist.kernel.sntk import KernelBlock, symmetric, synthetic_block
 from talk_dist.models.gnn import Student
+from talk_dist.models.protocol import Report
 from talk_dist.runtime.boundary import LossSpec, Share, StudentState
 from talk_dist.runtime.pool import ShardPool, add
 
@@ -101,6 +102,7 @@ def macro_f1(counts: np.ndarray) -> float:
     return float((2 * hits[present] / denominator[present]).mean()) if present.any() else 0.0
 
 
-def student_accuracy(pool: ShardPool, student: Student, split: str) -> float:
+def student_accuracy(pool: ShardPool, student: Student, split: str, report: Report = lambda *_: None) -> float:
     """Accuracy of a trained student on the real nodes of ``split``."""
-    return accuracy(pool.student_scores(StudentState.of(student), split))
+    state = StudentState.of(student)
+    return accuracy(pool.student_scores(state, split, lambda done, total: report("validate", done, total, {})))

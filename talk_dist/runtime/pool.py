@@ -66,8 +66,8 @@ class ShardPool(Protocol):
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str, block: Share = (0, 1)) -> np.ndarray:
         """Confusion counts (C, C) of the kernel predictor; (R, C, C) for a stack of R dual coefficients."""
 
-    def student_scores(self, student: StudentState, split: str) -> np.ndarray:
-        """Confusion counts (C, C) of a student on the real nodes of ``split``."""
+    def student_scores(self, student: StudentState, split: str, progress: Progress | None = None) -> np.ndarray:
+        """Confusion counts (C, C) of a student on the real nodes of ``split``; ``progress`` before each stage."""
 
     def student_grads(self, student: StudentState, loss: LossSpec) -> StudentGrads:
         """Loss and gradient sums of a student over the real rows that ``loss`` names, each by itself."""
@@ -130,10 +130,13 @@ class LocalPool:
     def krr_scores(self, h_s: np.ndarray, dual: np.ndarray, split: str, block: Share = (0, 1)) -> np.ndarray:
         return add([shard.krr_scores(h_s, dual, split, block) for shard in self.shards])
 
-    def student_scores(self, student: StudentState, split: str) -> np.ndarray:
+    def student_scores(self, student: StudentState, split: str, progress: Progress | None = None) -> np.ndarray:
         for shard in self.shards:
             shard.student_begin(student)
-        for stage in range(student.build().num_stages):
+        stages = student.build().num_stages
+        for stage in range(stages):
+            if progress:
+                progress(stage, stages)
             if stage:
                 self._exchange("X", 1)
             for shard in self.shards:

@@ -86,7 +86,7 @@ def _against_the_kernel(
             facts = {"best_accuracy": best_accuracy, "best_log_temperature": best.log_temperature}
             starting.save("kernel", tensors, step=step, history=history, **facts)
             krr_accuracy = accuracy(objective.krr_counts(h_s.detach(), y_s, "val"))
-            val_accuracy = judged(pool, h_s.detach(), y_s, config, 1)
+            val_accuracy = judged(pool, h_s.detach(), y_s, config, 1, report)
             history.append(_record("kernel", step, val_accuracy, krr_accuracy))
             if val_accuracy > best_accuracy:
                 best = Optimised(h_s.detach().clone(), log_temperature.item(), history)
@@ -118,7 +118,7 @@ def _through_students(
         begun, first, needed = (saved.facts[name] for name in ("step", "first", "needed"))
         restore_moments(optimizer, saved.tensors)
     else:
-        best, begun, first = start.clone(), 0, judged(pool, start, y_s, config, settings.judges)
+        best, begun, first = start.clone(), 0, judged(pool, start, y_s, config, settings.judges, report)
         needed = first + 0.5 * math.sqrt(first * (1 - first) / num_val)
         facts = {"val": first, "krr_val": accuracy(objective.krr_counts(start, y_s, "val"))}
         history.append(_record("students", 0, first, facts["krr_val"]))
@@ -135,7 +135,7 @@ def _through_students(
         over = step + 1 == steps
         if over or (step + 1) % every == 0:
             facts["krr_val"] = accuracy(objective.krr_counts(h_s, y_s, "val"))
-            val_accuracy = judged(pool, h_s, y_s, config, settings.judges)
+            val_accuracy = judged(pool, h_s, y_s, config, settings.judges, report)
             history.append(_record("students", step + 1, val_accuracy, facts["krr_val"]))
             if val_accuracy > needed:
                 best, needed, facts["val"] = h_s.clone(), val_accuracy, val_accuracy
@@ -176,11 +176,11 @@ def student_gradient(
         return sums.loss / rows, trained.pull(d_weights)
 
 
-def judged(pool: ShardPool, h_s: Tensor, y_s: Tensor, config: DistillConfig, judges: int) -> float:
+def judged(pool: ShardPool, h_s: Tensor, y_s: Tensor, config: DistillConfig, judges: int, report: Report) -> float:
     """Mean validation accuracy of so many fresh students."""
     found, labels = [], smoothed(y_s, config.synthetic.label_smoothing)
     for seed in range(config.seed, config.seed + judges):
         student = Student(config.student, h_s.shape[1], y_s.shape[1], seed)
         fit_encodings(student, h_s, labels, config.inner, seed=seed)
-        found.append(student_accuracy(pool, student, "val"))
+        found.append(student_accuracy(pool, student, "val", report))
     return float(np.mean(found))

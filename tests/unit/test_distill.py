@@ -62,6 +62,15 @@ def test_a_seed_fixes_the_result_and_another_one_changes_it(run, init, adapters)
     assert not torch.equal(first.token_embeds, other.token_embeds)
 
 
+def test_every_stage_of_a_validation_is_told(run):
+    """Before it runs; not its end, which something else follows at once."""
+    told = Callback()
+    told.found = []
+    told.progress = lambda stage, *at: stage == "validate" and told.found.append(at)
+    run(settings(outer={"epochs": 1}), callbacks=[told])
+    assert told.found == 2 * [(0, 2, {}), (1, 2, {})]
+
+
 def test_a_graph_without_validation_nodes_is_refused(run, tags, monkeypatch):
     monkeypatch.setitem(tags[2].meta["split_sizes"], "val", 0)
     with pytest.raises(DataError, match="no labelled node is in the val split"):

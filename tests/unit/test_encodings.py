@@ -74,6 +74,11 @@ def test_gradient_is_that_of_the_dense_whole(graph, tags, table_encoder, make_po
         torch.testing.assert_close(d_hs, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+def steps_alone(told):
+    """A report that notes all but validations."""
+    return lambda stage, *at: stage == "validate" or told.append((stage, *at))
+
+
 def test_blocks_take_turns(table_encoder, make_pool, start, monkeypatch):
     """A step's gradient is of one block's nodes, and after as many steps as there are blocks all have moved."""
     h_s, y_s = start
@@ -91,7 +96,7 @@ def test_blocks_take_turns(table_encoder, make_pool, start, monkeypatch):
         return gradient_of(pool, now, *others)
 
     monkeypatch.setattr(encodings, "student_gradient", noted)
-    after = optimise_encodings(pool, *start, config, lambda *report: told.append(report)).h_s
+    after = optimise_encodings(pool, *start, config, steps_alone(told)).h_s
     assert told[-1][1] == 20
     assert {total for _, _, total, _ in told} == {20}
     assert ((after - h_s).abs().sum(1) > 0).all()
@@ -122,7 +127,7 @@ def test_progress_goes_on_from_the_kernel_to_the_students(table_encoder, make_po
     config = replace(
         CONFIG, kernel=KernelConfig(), two_stage=replace(CONFIG.two_stage, feature_steps=5, student_steps=6)
     )
-    found = optimise_encodings(pool, *start, config, lambda *report: told.append(report))
+    found = optimise_encodings(pool, *start, config, steps_alone(told))
     done = [done for _, done, _, _ in told]
     assert done[:6] == [*range(6)]
     assert done[6:-1] == [*range(6, 6 + len(done) - 7)]
@@ -212,7 +217,7 @@ def test_judges_are_so_many_fresh_students_of_softened_labels(start, monkeypatch
     fitted, scores = [], iter([0.2, 0.4, 0.9])
     monkeypatch.setattr(encodings, "fit_encodings", lambda _, __, labels, ___, seed: fitted.append((seed, labels)))
     monkeypatch.setattr(encodings, "student_accuracy", lambda *_: next(scores))
-    assert encodings.judged(None, *start, replace(SHORT, seed=7), 3) == pytest.approx(0.5)
+    assert encodings.judged(None, *start, replace(SHORT, seed=7), 3, None) == pytest.approx(0.5)
     assert [seed for seed, _ in fitted] == [7, 8, 9]
     assert all(labels.equal(smoothed(start[1], 0.1)) for _, labels in fitted)
 

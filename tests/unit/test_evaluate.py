@@ -60,7 +60,7 @@ def test_the_pass_is_chosen_on_validation_and_test_is_read_once_a_seed(make_enco
     pool = make_pool(encoder, 1)
     asked = []
     ask = pool.student_scores
-    monkeypatch.setattr(pool, "student_scores", lambda s, split: (asked.append(split), ask(s, split))[1])
+    monkeypatch.setattr(pool, "student_scores", lambda s, split, *told: (asked.append(split), ask(s, split, *told))[1])
     evaluate(pool, encoder, a_coreset(pool, encoder), CONFIG, quick(against=("full",)))
     reads = [i for i, split in enumerate(asked) if split == "test"]
     assert len(reads) == 4  # two sets, two seeds
