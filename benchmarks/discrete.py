@@ -33,7 +33,7 @@ from talk_dist.runtime.callbacks import Callback, ProgressLines
 from talk_dist.runtime.full import WholeGraph
 from talk_dist.synthetic.coresets import allocate
 from talk_dist.synthetic.decode import nearest_tokens
-from talk_dist.training_sets import TrainingSet, coreset_tag, token_set
+from talk_dist.training_sets import TrainingSet, coreset_tag, tag_set
 
 FULL, MEDOID, LEARNED, PROJECTED = "full", "medoid texts", "embeddings", "projected"
 
@@ -99,14 +99,14 @@ class Bench:
         if name == MEDOID:
             counts = allocate(len(self.made(LEARNED, 0)), self.tag.train_class_counts)
             tag, size = coreset_tag(self.pool, self.encoder, counts, "medoid", replace(self.config, seed=self.seed))
-            return replace(token_set(name, tag, self.pool, self.encoder, self.config, recipe.recipe), bytes=size)
+            return replace(tag_set(name, tag, self.pool, self.encoder, self.config, recipe.recipe), bytes=size)
         if name == PROJECTED:
             tag = self.made(LEARNED, 0)
             ids = nearest_tokens(tag.token_embeds, self.encoder.token_table)
             tag = replace(tag, token_embeds=self.encoder.token_table[ids], token_ids=ids)
         else:
             tag = self.made(name, int(name.split()[-1]) if name != LEARNED else 0)
-        return token_set(name, tag, self.pool, self.encoder, self.config, recipe.recipe)
+        return tag_set(name, tag, self.pool, self.encoder, self.config, recipe.recipe)
 
     def row(self, name: str, where: str) -> Row:
         """Scores, now or before."""

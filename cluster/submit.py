@@ -146,7 +146,8 @@ def validated(words: Sequence[str]) -> list[str]:
         raise ConfigError("--out: a job's working directory is deleted after it; name a file that the nodes share")
     for option in ("out", "data", "artifact", "path", "nodes", "edges", "ogb"):
         path = str(getattr(command, option, ""))
-        if path and (option, path) != ("data", EMBEDDED) and "://" not in path and not path.startswith(("/", "~")):
+        embedded = option in ("data", "nodes") and path == EMBEDDED
+        if path and not embedded and "://" not in path and not path.startswith(("/", "~")):
             raise ConfigError(
                 f"--{option} {path}: a job's working directory is a copy without data and results, deleted after it; "
                 f"give an absolute path on storage that the nodes share, such as /data/{path}"

@@ -25,7 +25,7 @@ from talk_dist.runtime.pool import ShardPool
 from talk_dist.synthetic.artifact import SyntheticTAG
 from talk_dist.synthetic.coresets import allocate
 from talk_dist.training import EvaluateConfig
-from talk_dist.training_sets import TrainingSet, coreset_tag, full_set, token_set
+from talk_dist.training_sets import TrainingSet, coreset_tag, full_set, tag_set
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def evaluate(
         small, size = tag, tag.num_bytes()
         if name != "synthetic":
             small, size = coreset_tag(pool, encoder, counts, name, distilled_with)
-        trained_on = token_set(name, small, pool, encoder, distilled_with, config.recipe)
+        trained_on = tag_set(name, small, pool, encoder, distilled_with, config.recipe)
         return score(dataclasses.replace(trained_on, bytes=size), pool, encoder, config, progress)
 
     return [row(name) for name in ("synthetic", *config.against)]

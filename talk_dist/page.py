@@ -21,6 +21,11 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def plain(text: str) -> str:
+    """``text``, anyone's, as matplotlib shows it letter by letter: between two dollars it would read mathematics."""
+    return text.replace("$", r"\$")
+
+
 def png(draw: Callable[[Any], object], width: float = 6.4, height: float = 4.8, dpi: int = 120) -> bytes:
     """What ``draw`` puts on a figure of so many inches; nothing where it returns False."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -57,31 +56,17 @@ def coreset_tag(
     return SyntheticTAG(embeds, labels, mask, about), int(tokens.values.nbytes)
 
 
-def token_set(
+def tag_set(
     name: str, tag: SyntheticTAG, pool: ShardPool, encoder: Encoder, distilled_with: DistillConfig, recipe: InnerConfig
 ) -> TrainingSet:
     """A synthetic TAG as a training set. The kernel predictor is scored on the encodings of an encoder that nothing
     has adapted: the pool must hold such ones."""
     tag = tag.embedded(encoder.token_table)
-    h_s = encoder.encode_embeds(tag.token_embeds, tag.mask)
+    h_s = tag.encode(encoder)
     krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
 
     def train(student: Student, seed: int, progress: Progress) -> None:
         train_on(tag, student, pool, encoder, recipe, seed, progress)
-
-    return TrainingSet(name, len(tag), tag.num_bytes(), train, krr)
-
-
-def encoded_set(
-    name: str, tag: SyntheticTAG, pool: ShardPool, distilled_with: DistillConfig, recipe: InnerConfig
-) -> TrainingSet:
-    """Encodings (M, 1, d) in the place of token embeddings: they train students of a frozen encoder alone."""
-    h_s = tag.token_embeds[:, 0]
-    krr = accuracy(Objective(pool, distilled_with).krr_counts(h_s, tag.labels, "test"))
-
-    def train(student: Student, seed: int, progress: Progress) -> None:
-        validated = partial(student_accuracy, pool, split="val")
-        fit_encodings(student, h_s, tag.labels, recipe, seed=seed, select=validated, progress=progress)
 
     return TrainingSet(name, len(tag), tag.num_bytes(), train, krr)
 
@@ -110,13 +95,18 @@ def train_on(
     progress: Progress | None = None,
 ) -> None:
     """Train ``student``, and the encoder's adapters if it has any, on a small set, and keep the pass that validates
-    best; of adapters on workers, which cannot be asked in between, that of the lowest training loss."""
+    best; of adapters on workers, which cannot be asked in between, that of the lowest training loss. Encodings train
+    the student alone."""
 
     def validated(trained: Student) -> float:
         pool.encode(encoder.adapters())
         return student_accuracy(pool, trained, "val")
 
     choose = validated if not encoder.adapted or isinstance(encoder, TextEncoder) else None
+    if tag.encoded:
+        labels, h_s = tag.labels, tag.token_embeds[:, 0]
+        fit_encodings(student, h_s, labels, recipe, seed=seed, select=validated, progress=progress)
+        return
     encoder.fit(
         student, tag.token_embeds, tag.labels, recipe, mask=tag.mask, seed=seed, select=choose, progress=progress
     )

@@ -6,7 +6,7 @@ The default space is `default_space()`; a YAML file narrows, fixes, extends or d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,9 +116,26 @@ def suggest(space: list[Parameter], trial: Suggest, base: DistillConfig) -> dict
     """A point of the space, asked of ``trial`` in order; parameters whose condition fails are left out."""
     point: dict[str, Value] = {}
     for parameter in space:
-        if active(parameter, settings(configured(base, point))):
+        if active(parameter, _so_far(base, point)):
             point[parameter.key] = parameter.suggest(trial)
     return point
+
+
+def drawn(space: list[Parameter], trials: Iterable[Suggest], base: DistillConfig) -> dict[str, Value]:
+    """The first point asked of ``trials`` that is a configuration: choices may be good alone and not together.
+
+    Raises ConfigError, with the last one's reason, if there is none.
+    """
+    error: ConfigError | None = None
+    for trial in trials:
+        point = suggest(space, trial, base)
+        try:
+            configured(base, point)
+        except ConfigError as reason:
+            error = reason
+        else:
+            return point
+    raise ConfigError(f"space: hardly a point of it is a configuration; narrow it: {error}")
 
 
 @dataclass(frozen=True)
@@ -169,12 +186,20 @@ def point_of(space: list[Parameter], config: DistillConfig, base: DistillConfig)
     values = settings(config)
     point: dict[str, Value] = {}
     for parameter in space:
-        if active(parameter, settings(configured(base, point))):
+        if active(parameter, _so_far(base, point)):
             value = values[parameter.key]
             if not parameter.holds(value):
                 value = parameter.choices[0] if parameter.choices else min(max(value, parameter.low), parameter.high)
             point[parameter.key] = value
     return point
+
+
+def _so_far(base: DistillConfig, point: Mapping[str, Value]) -> dict[str, Any]:
+    """Every setting with those of an unfinished point, which may be refused as long as others are not there."""
+    try:
+        return settings(configured(base, point))
+    except ConfigError:
+        return settings(base) | dict(point)
 
 
 def read_space(tree: Mapping[str, Any], base: DistillConfig) -> tuple[list[Parameter], dict[str, Value]]:
@@ -207,7 +232,20 @@ def read_space(tree: Mapping[str, Any], base: DistillConfig) -> tuple[list[Param
         del space["synthetic.learn_labels"]  # labels are learned in outer steps
     order = [parameter.key for parameter in default_space()]
     parameters = sorted(space.values(), key=lambda p: order.index(p.key) if p.key in order else len(order))
-    return _checked(parameters, base), fixed
+    return _checked(_after_their_conditions(parameters), base), fixed
+
+
+def _after_their_conditions(space: list[Parameter]) -> list[Parameter]:
+    """In the order they have, but each after what its `when` names. Raises ConfigError where that goes round."""
+    waiting, ordered = list(space), list[Parameter]()
+    while waiting:
+        keys = {parameter.key for parameter in waiting}
+        ready = next((parameter for parameter in waiting if not keys & parameter.when.keys()), None)
+        if ready is None:
+            raise ConfigError(f"space: the conditions of {', '.join(sorted(keys))} wait for one another")
+        waiting.remove(ready)
+        ordered.append(ready)
+    return ordered
 
 
 def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[str, Any]) -> Parameter:
@@ -215,7 +253,10 @@ def _parameter(key: str, value: Any, default: Parameter | None, known: Mapping[s
     if isinstance(value, list):
         if not value:
             raise ConfigError(f"{key}: no choices")
-        return Parameter(key, choices=tuple(number(each, type(known[key])) for each in value), when=when)
+        choices = tuple(number(each, type(known[key])) for each in value)
+        if others := [choice for choice in choices if not isinstance(choice, bool | int | float | str)]:
+            raise ConfigError(f"{key}: {others[0]!r} cannot be a choice: it must be true or false, a number or a word")
+        return Parameter(key, choices=choices, when=when)
     odd = set(value) - {"low", "high", "log", "when", "choices"}
     if odd:
         raise ConfigError(f"{key}.{sorted(odd)[0]}: unknown; a range has low, high, log and when")

@@ -6,6 +6,7 @@ a kill asks what it would have asked. Trials stop early by asynchronous successi
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import warnings
@@ -25,10 +26,11 @@ from talk_dist.config import DistillConfig
 from talk_dist.data.storage import without_secrets
 from talk_dist.errors import ConfigError
 from talk_dist.runtime.checkpoint import differences
-from tuning.space import Nearby, Parameter, Value, suggest
+from tuning.space import Nearby, Parameter, Value, drawn, suggest
 
 IDENTITY, PINNED, CONFIRMS = "identity", "pinned", "confirms"
 OBJECTIVES = {"accuracy": StudyDirection.MAXIMIZE, "seconds": StudyDirection.MINIMIZE, "bytes": StudyDirection.MINIMIZE}
+DRAWS = 200  # of a new point, until one is a configuration
 START_UP = 10  # trials before the model of the space says anything
 HALVING = 2  # at a rung, the best of so many goes on
 OTHER_SEEDS = 2  # from which the best trials are repeated
@@ -184,10 +186,10 @@ class Study:
         """A new point, drawn on a copy in memory and stored in one go: a kill half way through it loses nothing."""
         if self._near and self._strategy.sampler == "tpe" and number < START_UP:
             rng = np.random.default_rng([self._strategy.seed, number])
-            return suggest(self._space, Nearby(self._near, rng), self._base)
+            return drawn(self._space, itertools.repeat(Nearby(self._near, rng), DRAWS), self._base)
         copy = optuna.create_study(directions=self._study.directions, sampler=self._sampler_of(number))
         copy.add_trials(self.searched)
-        return suggest(self._space, copy.ask(), self._base)
+        return drawn(self._space, (copy.ask() for _ in range(DRAWS)), self._base)
 
     def _sampler_of(self, number: int) -> optuna.samplers.BaseSampler:
         """A sampler for one trial: its draws depend on seed and number, not on what this process drew before."""

@@ -185,7 +185,7 @@ class Export:
         if self.encodings:
             encoder = load_encoder(preflight.distilled_with(synthetic, path).encoder)
             synthetic = synthetic.embedded(encoder.token_table)
-            encodings = encoder.encode_embeds(synthetic.token_embeds, synthetic.mask)
+            encodings = synthetic.encode(encoder)
         out = self.out or "synthetic.pt"
         synthetic.export_pyg(out, encodings)
         print(f"{out}: read it with Data.from_dict(torch.load({out!r}, weights_only=True))")

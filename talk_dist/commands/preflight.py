@@ -201,10 +201,13 @@ def check_evaluation(
     if encoder is not None:
         check_encoder(encoder, artifact.token_embeds.shape[1], tag, problems)
         table = encoder.token_table
-        width, whole = table.shape[1], problems.attempt(lambda: artifact.embedded(table))
+        width, what = (encoder.width, "encodings") if artifact.encoded else (table.shape[1], "token embeddings")
+        whole = problems.attempt(lambda: artifact.embedded(table))
         if whole is not None and whole.token_embeds.shape[2] != width:
-            wide = f"holds token embeddings {whole.token_embeds.shape[2]} wide, but the encoder's are {width}"
+            wide = f"holds {what} {whole.token_embeds.shape[2]} wide, but the encoder's are {width}"
             problems.errors.append(DataError(path, wide))
+        if artifact.encoded and encoder.adapted:
+            problems.errors.append(DataError(path, "holds encodings, which train no adapters: pass --adapters false"))
     problems.done()
     assert encoder is not None
     return encoder, check_memory(tag, config, evaluation)

@@ -61,7 +61,7 @@ def artifact(path: str, tag: SyntheticTAG) -> str:
     c, m = tag.config, tag.metrics
     nodes, tokens, width = tag.token_embeds.shape
     kind = f"{tokens} token embeddings ({width} wide)" if tag.token_ids is None else f"{tokens} token ids"
-    if tag.content == "encodings":
+    if tag.content == "encodings" or tag.encoded:
         kind = f"one encoding ({width} wide)"
     labels = tag.labels.argmax(1).tolist()
     text = c.get("text_bytes", {})

@@ -6,8 +6,6 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
-import torch
-
 from talk_dist.compare.plan import Method, file_name
 from talk_dist.config import BITS, DistillConfig, InnerConfig
 from talk_dist.data.tag import PreparedTag
@@ -23,7 +21,7 @@ from talk_dist.synthetic.coresets import sample_for
 from talk_dist.synthetic.decode import exact_tokens
 from talk_dist.synthetic.init import check_texts, choose, class_counts, fit_texts
 from talk_dist.synthetic.settle import settle
-from talk_dist.training_sets import TrainingSet, coreset_tag, encoded_set, token_set
+from talk_dist.training_sets import TrainingSet, coreset_tag, tag_set
 
 
 @dataclass(frozen=True)
@@ -100,12 +98,5 @@ def training_set(
     cell: Cell, made: SyntheticTAG, pool: ShardPool, encoder: Encoder, config: DistillConfig, recipe: InnerConfig
 ) -> TrainingSet:
     """What students are trained on."""
-    if made.config.get("level") == "features":
-        return encoded_set(cell.method.name, made, pool, config, recipe)
-    trained = token_set(cell.method.name, made, pool, encoder, config, recipe)
+    trained = tag_set(cell.method.name, made, pool, encoder, config, recipe)
     return dataclasses.replace(trained, bytes=int(made.config.get("token_ids_bytes", trained.bytes)))
-
-
-def encodings(made: SyntheticTAG, encoder: Encoder) -> torch.Tensor:
-    """(M, d) of a set, for a picture."""
-    return made.token_embeds[:, 0] if made.config.get("level") else encoder.encode_embeds(made.token_embeds, made.mask)

@@ -19,7 +19,7 @@ from talk_dist.commands.folder import RunFolder
 from talk_dist.commands.place import place
 from talk_dist.commands.report import machine
 from talk_dist.commands.runs import identity
-from talk_dist.compare.cell import Cell, encodings, training_set
+from talk_dist.compare.cell import Cell, training_set
 from talk_dist.compare.picture import draw_encodings
 from talk_dist.compare.plan import FULL, Method, Plan
 from talk_dist.config import DistillConfig
@@ -150,18 +150,27 @@ class Laboratory:
         if storage.exists(storage.join(path, CONFIG)):
             made = SyntheticTAG.from_pretrained(path)
             _same(path, made.metrics["made"]["identity"], self._identity(cell, tag))
-            return made
-        self._encode_afresh(pool, encoder, config.seed)
-        checkpoint = Checkpoint(self._work(cell), identity(tag, encoder, config))
-        made = cell.make(tag, pool, encoder, self.tell, checkpoint)
-        facts = made.metrics["made"] | {"identity": self._identity(cell, tag)}
-        made = dataclasses.replace(made, metrics=made.metrics | {"made": facts})
-        if cell in self.drawn:
+        else:
+            self._encode_afresh(pool, encoder, config.seed)
+            made = cell.make(tag, pool, encoder, self.tell, self._begun(cell, identity(tag, encoder, config)))
+            facts = made.metrics["made"] | {"identity": self._identity(cell, tag)}
+            made = dataclasses.replace(made, metrics=made.metrics | {"made": facts})
+            made.save_pretrained(path)
+        if cell in self.drawn and not storage.exists(self._picture(cell)):
             self._encode_afresh(pool, encoder)
-            picture = draw_encodings(pool, encodings(made, encoder).numpy(), made.labels.argmax(1).numpy(), cell.name)
+            picture = draw_encodings(pool, made.encode(encoder).numpy(), made.labels.argmax(1).numpy(), cell.name)
             storage.write_atomic(self._picture(cell), picture)
-        made.save_pretrained(path)
         return made
+
+    def _begun(self, cell: Cell, identity: Record) -> Checkpoint:
+        """Where a set stands that was cut off; if the plan has changed since, where one begins: nothing is lost but
+        what nobody wants any more."""
+        begun = Checkpoint(self._work(cell), identity)
+        try:
+            begun.load()
+        except ConfigError:
+            return Checkpoint(self._work(cell), identity, resume=False)
+        return begun
 
     # -- what is known ------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from talk_dist.page import png
+from talk_dist.page import plain, png
 from talk_dist.runtime.pool import ShardPool
 
 SHOWN = 400  # real training rows a class: more is only ink
@@ -26,8 +26,8 @@ def draw_encodings(pool: ShardPool, h_s: np.ndarray, labels: np.ndarray, title: 
         for c, name in enumerate(pool.tag.classes[: len(COLOURS)]):
             colour = COLOURS[c]
             axes.plot(*real[sample.label == c].T, ".", ms=3, color=colour, alpha=0.35)
-            axes.plot(*synthetic[labels == c].T, "*", ms=13, color=colour, mec="black", mew=0.6, label=name)
-        axes.set(xticks=[], yticks=[], title=f"{title}: stars are synthetic")
+            axes.plot(*synthetic[labels == c].T, "*", ms=13, color=colour, mec="black", mew=0.6, label=plain(name))
+        axes.set(xticks=[], yticks=[], title=f"{plain(title)}: stars are synthetic")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
     return png(draw, 8, 5)
@@ -48,10 +48,10 @@ def draw_retention(rows: Sequence[dict[str, Any]], x: str, words: str) -> bytes:
         for axes, name in zip(panels, names, strict=True):
             for index, method in enumerate(methods):
                 some = sorted((r for r in rows if (r["data"], r["method"]) == (name, method)), key=lambda r: r[x])
-                style = {"color": COLOURS[index % len(COLOURS)], "ms": 6, "lw": 1.4, "label": method}
+                style = {"color": COLOURS[index % len(COLOURS)], "ms": 6, "lw": 1.4, "label": plain(method)}
                 axes.errorbar([r[x] for r in some], [r["retention"] for r in some], fmt="o-", **style)
             axes.axhline(1.0, color="#343a40", ls="--", lw=1)
-            axes.set(xscale="log", xlabel=words, title=name)
+            axes.set(xscale="log", xlabel=words, title=plain(name))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", color="#e4e7eb")

@@ -74,7 +74,7 @@ def read_plan(path: str, read: Read) -> Plan:
     if not isinstance(tree, dict) or not all(isinstance(tree.get(k), dict) and tree[k] for k in ("data", "methods")):
         raise ConfigError(f"{path}: needs `data:` and `methods:`, each with named entries under it")
     known = [name for name in Plan.__dataclass_fields__ if name != "tree"]
-    problems = [f"{path}: {unknown_key(key, known)}" for key in tree if key not in known]
+    problems = [f"{path}: {unknown_key(str(key), known)}" for key in tree if key not in known]
     common, methods, plain = tree.get("settings") or {}, [], DistillConfig()
     if not isinstance(common, dict):
         raise ConfigError(f"{path}: settings = {common!r}: must be settings and their values, as `a.b: c`")
@@ -136,7 +136,10 @@ def _own(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _words(settings: Mapping[str, Any]) -> list[str]:
     """Settings as a command line has them."""
-    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for key, value in settings.items()
+    ]
 
 
 def _listed(value: Any, kind: Any) -> Any:
@@ -155,6 +158,8 @@ def _wrong_tables(name: str, entry: Any) -> list[str]:
         for key, value in entry.items()
         if key in TABLES and not accepts(type(TABLES[key]), value)
     ]
+    if name == EMBEDDED and (entry.get("nodes") or entry.get("edges")):
+        wrong.append(": is the graph of Python's own library; call one of your tables something else")
     if not wrong and name != EMBEDDED and not (entry.get("nodes") or entry.get("prepared")):
         wrong.append(": give `nodes:` and `edges:`, or `prepared:`")
     return wrong
@@ -178,6 +183,10 @@ def _wrong(plan: Plan) -> list[str]:
         value = getattr(plan, name)
         if not holds or value == ():
             wrong.append(f"{name} = {value!r}: must be {need}")
+    for name in ("sizes", "students", "splits", "adapters"):
+        value = getattr(plan, name)
+        if len(set(value)) < len(value):
+            wrong.append(f"{name} = {value!r}: must name each once")
     for student in (kind for kind in get_args(StudentKind) if kind in plan.students):
         try:
             plan.student(student)

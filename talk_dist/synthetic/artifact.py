@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
     from talk_dist.data.tokenizer import Tokenizer
+    from talk_dist.models.protocol import Encoder
 
 TENSORS, CONFIG, METRICS, CARD = "synthetic.safetensors", "config.json", "metrics.json", "README.md"
 
@@ -60,6 +61,17 @@ class SyntheticTAG:
     def content(self) -> str:
         """What the real nodes had: texts, or encodings in their place."""
         return "texts" if given_width(str(self.config.get("encoder", {}).get("name"))) is None else "encodings"
+
+    @property
+    def encoded(self) -> bool:
+        """Whether its nodes are encodings, in ``token_embeds`` (M, 1, d): what a method without texts makes."""
+        return self.config.get("level") == "features"
+
+    def encode(self, encoder: Encoder) -> Tensor:
+        """Encodings (M, d): by ``encoder`` as it is, or the nodes themselves. Raises DataError as `embedded` does."""
+        if self.encoded:
+            return self.token_embeds[:, 0]
+        return encoder.encode_embeds(self.embedded(encoder.token_table).token_embeds, self.mask)
 
     @property
     def stored_as(self) -> str:
@@ -169,12 +181,14 @@ class SyntheticTAG:
         """A torch-geometric ``Data``: self-loops, ``y`` (class index), ``y_soft``, ``mask``,
         ``token_embeds`` and, of a discrete set, ``token_ids``.
 
-        ``encodings`` (M, d), for example ``encoder.encode_embeds(tag.token_embeds)``, become ``x``.
+        ``encodings`` (M, d), for example ``tag.encode(encoder)``, become ``x``; of an `encoded` set its own.
         """
         from torch_geometric.data import Data
 
         nodes = torch.arange(len(self))
         embeds = self.token_embeds if self.token_embeds.shape[2] else None
+        if self.encoded:
+            encodings, embeds = self.token_embeds[:, 0], None
         fields = {"x": encodings, "mask": self.mask, "token_embeds": embeds, "token_ids": self.token_ids}
         return Data(
             edge_index=torch.stack([nodes, nodes]),

@@ -19,7 +19,9 @@ def card(tag: SyntheticTAG) -> str:
     encoder = c.get("encoder", {})
     what = "learned token embeddings" if tag.token_ids is None else "texts made of the encoder's own tokens"
     each = f", {tokens} tokens each"
-    if tag.content == "encodings":
+    if tag.encoded:
+        what, each = "encodings, which only a student of this encoder, frozen, can be trained on", ""
+    elif tag.content == "encodings":
         what, each = "learned encodings, as the real nodes had them in place of texts", ""
     lines = [
         "---",

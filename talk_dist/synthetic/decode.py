@@ -66,7 +66,7 @@ def nearest_texts(tag: SyntheticTAG, pool: ShardPool, encoder: Encoder, count: i
     for is what a real node is after two hops. The start takes centres of these rows, the kernel compares it with them,
     and a text alone is farther from it than its neighbourhood. The pool must hold encodings of ``encoder`` as it is.
     """
-    h_s = encoder.encode_embeds(tag.embedded(encoder.token_table).token_embeds, tag.mask)
+    h_s = tag.encode(encoder)
     sample = sample_for(pool, np.bincount(tag.labels.argmax(1), minlength=tag.labels.shape[1]), seed)
     real, count = normalize(torch.from_numpy(sample.features).float(), dim=1), min(count, len(sample.label))
     near = [(normalize(h, dim=1) @ real.T).topk(count, dim=1) for h in h_s.split(max(1, CHUNK_ELEMENTS // len(real)))]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from talk_dist.data import storage
-from talk_dist.page import PLOT, can_draw, png
+from talk_dist.page import PLOT, can_draw, plain, png
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 SYNTHETIC, RIVAL, KERNEL = "#0b7285", "#ced4da", "#e8890c"
@@ -28,7 +28,7 @@ def plot(metrics: dict[str, Any], title: str, path: str | Path) -> str:
             axis.tick_params(colors=INK, labelsize=9)
             axis.set_axisbelow(True)
             axis.grid(axis="y", color=GRID)
-        figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
+        figure.suptitle(plain(title), x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
         _validations(left, metrics.get("start", []), metrics.get("history", []), metrics.get("best_epoch"))
         _sets(right, metrics.get("evaluation", {}).get("rows", []))
 

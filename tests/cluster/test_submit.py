@@ -303,6 +303,9 @@ def test_what_a_job_adds(arguments: list[str], words: list[str]) -> None:
     assert completed(arguments) == words
 
 
-@pytest.mark.parametrize("arguments", [["distill", "--out", "/data/a"], ["evaluate", "/data/a"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["distill", "--out", "/data/a"], ["evaluate", "/data/a"], ["prepare", "python-api", "--out", "/data/p"]],
+)
 def test_what_a_job_adds_is_what_its_command_takes(arguments: list[str]) -> None:
     submit.validated(completed(arguments))

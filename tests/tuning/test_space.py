@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from optuna.trial import FixedTrial
 from talk_dist.config import DistillConfig
 from talk_dist.errors import ConfigError
 from talk_dist.presets import preset
-from tuning.space import Nearby, Parameter, configured, default_space, leaves, point_of, read_space, suggest
+from tuning.space import Nearby, Parameter, configured, default_space, drawn, leaves, point_of, read_space, suggest
 
 
 def anywhere(seed):
@@ -117,6 +118,11 @@ def test_a_yaml_narrows_fixes_extends_and_drops():
         ({"outer.lr": {"when": "gcn"}}, "outer.lr.when = 'gcn': give settings and their values"),
         ({3: [1]}, "unknown setting '3'"),
         ({"student.dropout": {"low": 0.1, "high": 1.5}}, "student.dropout = 1.5: in [0, 1)"),
+        ({"encoder.targets": [["query"], ["query", "value"]]}, "encoder.targets: ['query'] cannot be a choice"),
+        (
+            {"outer.lr": {"when": {"outer.steps": 2}}, "outer.steps": {"when": {"outer.lr": 1e-3}}},
+            "the conditions of outer.lr, outer.steps wait for one another",
+        ),
     ],
 )
 def test_a_space_that_cannot_work_is_refused(tree, problem):
@@ -134,6 +140,33 @@ def test_numbers_that_yaml_reads_as_texts_are_numbers():
     assert by_key["kernel.ridge"].choices == (1e-3, 1e-2)
     assert by_key["two_stage.feature_steps"].whole
     assert by_key["two_stage.feature_steps"].low == 100
+
+
+@pytest.mark.parametrize("first", ["inner.weight_decay", "student.hidden"])
+def test_a_condition_is_looked_at_after_what_it_names(first):
+    """In whichever order they are written, of added settings and of those of the default space."""
+    added = {
+        "inner.weight_decay": {"low": 1e-5, "high": 1e-2, "log": True, "when": {"student.hidden": 256}},
+        "student.hidden": [128, 256],
+    }
+    tree = {first: added[first]} | added | {"synthetic.tokens": {"choices": [8, 16], "when": {"outer.loss": "ce"}}}
+    base = DistillConfig()
+    space, _ = read_space(tree, base)
+    for number in range(40):
+        point = suggest(space, anywhere(number), base)
+        assert ("inner.weight_decay" in point) is (point["student.hidden"] == 256)
+        assert ("synthetic.tokens" in point) is (point["outer.loss"] == "ce")
+
+
+def test_points_that_are_no_configuration_are_drawn_again():
+    base = DistillConfig()
+    space, _ = read_space({"synthetic.discrete": [False, True], "student.hidden": [128, 256]}, base)
+    points = [drawn(space, itertools.repeat(anywhere(number)), base) for number in range(30)]
+    assert all(configured(base, point) for point in points)
+    assert {point["synthetic.discrete"] for point in points} == {False, True}
+    never = Nearby({"synthetic.discrete": True, "synthetic.init": "medoid"}, np.random.default_rng(0), change=0.0)
+    with pytest.raises(ConfigError, match=r"hardly a point of it is a configuration.*synthetic[.]discrete"):
+        drawn(space, [never, never], base)
 
 
 def test_all_problems_are_told_at_once():

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from torch.nn.functional import cosine_similarity
 
 from talk_dist.commands.compare import settings_of
 from talk_dist.compare import laboratory, report
+from talk_dist.compare.picture import draw_encodings, draw_retention
 from talk_dist.compare.plan import read_plan
 from talk_dist.config import DistillConfig, StudentConfig
 from talk_dist.evaluate import EvaluateConfig, evaluate, reference
 from talk_dist.runtime.callbacks import ProgressLines
 from talk_dist.runtime.pool import LocalPool
+from talk_dist.synthetic.coresets import sample_for
+from talk_dist.synthetic.decode import nearest_texts
 from talk_dist.synthetic.plot import plot
 
 LITTLE = {
@@ -79,6 +85,27 @@ def test_a_row_is_what_evaluate_says(plan, told, tags, make_encoder, tmp_path):
         assert rows[name]["krr_accuracy"] == row.krr_accuracy
     assert rows["medoid"]["bytes"] == expected[2].bytes  # token ids, not their embeddings
     assert rows["centres"]["bytes"] < rows["inverted"]["bytes"]
+    check_a_set_of_encodings(tmp_path / "out" / "sets" / "toy-split_0-centres-6-frozen", rows["centres"], pool, told)
+
+
+def check_a_set_of_encodings(path, row, pool, told):
+    """It is nowhere taken for one of token embeddings, though they are as wide."""
+    encoder, made = pool.shards[0].encoder, laboratory.SyntheticTAG.from_pretrained(path)
+    expected = evaluate(pool, encoder, made, DistillConfig(), EvaluateConfig(seeds=2, against=()))[0]
+    assert row["accuracy"] == list(expected.accuracy)
+    assert row["krr_accuracy"] == expected.krr_accuracy
+    h_s = made.token_embeds[:, 0]
+    assert torch.equal(made.encode(encoder), h_s)
+    assert torch.equal(made.to_pyg().x, h_s)
+    assert "token_embeds" not in made.to_pyg()
+    sample = sample_for(pool, np.bincount(made.labels.argmax(1)), 0)
+    nearest = np.array([near[0].cosine for near in nearest_texts(made, pool, encoder, 1, 0)])
+    cosines = cosine_similarity(h_s[:, None], torch.from_numpy(sample.features)[None], dim=2)
+    np.testing.assert_allclose(nearest, cosines.amax(1), rtol=1e-5)
+    assert "Its nodes are encodings" in (path / "README.md").read_text()
+    assert "6 nodes of one encoding" in told("inspect", path)[0]
+    _, err = told("evaluate", path, "--data", pool.tag.path, "--adapters", "true", code=2)
+    assert "holds encodings, which train no adapters: pass --adapters false" in err
 
 
 def test_it_goes_on_from_anywhere_to_the_same_rows(plan, told, tmp_path, monkeypatch):
@@ -152,6 +179,33 @@ def test_a_distillation_that_is_resumed_counts_all_its_seconds(plan, told, tmp_p
     assert made.metrics["made"]["seconds"] == pytest.approx(before + epochs)
 
 
+def test_a_set_that_was_cut_off_is_begun_again_where_the_plan_has_changed(plan, told, tmp_path, monkeypatch):
+    """Nothing of it is finished; the rows that are stay."""
+    methods, out, epoch = {"medoid": METHODS["medoid"], "talk": METHODS["talk"]}, tmp_path / "out", ProgressLines.epoch
+
+    def stopped(*arguments):
+        monkeypatch.setattr(ProgressLines, "epoch", epoch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressLines, "epoch", stopped)
+    told("compare", plan(methods=methods, seeds=1), "--out", out, code=130)
+    before = {path.name: path.read_bytes() for path in (out / "rows").iterdir()}
+    methods["talk"] = methods["talk"] | {"two_stage.feature_steps": 2}
+    told("compare", plan(methods=methods, seeds=1), "--out", out)
+    assert before.items() < {path.name: path.read_bytes() for path in (out / "rows").iterdir()}.items()
+    made = laboratory.SyntheticTAG.from_pretrained(out / "sets" / "toy-split_0-talk-6-frozen")
+    assert [record["step"] for record in made.metrics["start"] if record["stage"] == "kernel"] == [0, 2]
+
+
+def test_names_are_no_mathematics():
+    """matplotlib reads what stands between two dollars."""
+    name, rng = "100% $a & b% $", np.random.default_rng(0)
+    sample = SimpleNamespace(features=rng.normal(size=(9, 4)), label=np.arange(9) % 3)
+    pool = SimpleNamespace(sample=lambda *_: sample, tag=SimpleNamespace(classes=[name, "b", "c"]))
+    assert draw_encodings(pool, sample.features[:3], np.arange(3), name)
+    assert draw_retention([{"data": name, "method": name, "nodes": 3, "retention": 1.0}], "nodes", "nodes")
+
+
 def test_pictures_need_matplotlib_and_that_is_told_at_once(plan, told, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, err = told("compare", plan(), "--out", tmp_path / "out", code=2)
@@ -205,6 +259,8 @@ def test_all_that_is_wrong_is_told_before_anything_runs(plan, told, tmp_path):
         ({"sizes": 0.01}, "sizes = 0.01: must be a list such as a,b, each a number"),
         ({"splits": 3}, "splits = 3: must be a list"),
         ({"seeds": [3]}, "seeds = [3]: must be a whole number"),
+        ({"splits": [1, 0, 1]}, "splits = (1, 0, 1): must name each once"),
+        ({"data": {"python-api": {"nodes": "x.csv"}}}, "data.python-api: is the graph of Python's own library"),
         ({"splits": [-1]}, "splits = (-1,): must be seeds, not negative"),
         ({"adapters": ["no"]}, "adapters = ('no',): must be a list such as a,b, each true or false"),
         ({"settings": ["a"]}, "settings = ['a']: must be settings and their values"),
@@ -235,6 +291,14 @@ def test_an_ordinary_mistake_is_told(plan, changes, problem):
     with pytest.raises(laboratory.ConfigError) as error:
         read_plan(plan(**changes), settings_of)
     assert problem in str(error.value)
+
+
+def test_a_plans_keys_are_words(plan):
+    path = plan()
+    with open(path, "a") as file:
+        file.write("5: 1\n")
+    with pytest.raises(laboratory.ConfigError, match="unknown setting '5'"):
+        read_plan(path, settings_of)
 
 
 def test_a_methods_settings_its_file_the_common_ones_and_a_preset_in_this_order(plan, tmp_path):
