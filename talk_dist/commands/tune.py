@@ -152,7 +152,7 @@ class Tune:
             for start in (base, preset())
         ]
         presets = presets[:1] if presets[0] == presets[1] else presets
-        study.enqueue(presets)
+        study.enqueue(presets[: self.trials])
         with open_session(base) as session:
             plan = preflight.planned(tag, base, None)
             placed, bundles = reserved(session, tag, base, plan, self.concurrent, self.cpus, self.gpus)
