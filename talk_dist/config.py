@@ -14,6 +14,7 @@ from talk_dist.resources import ClusterConfig, DeepSpeedConfig, RuntimeConfig
 from talk_dist.schema import at_least, build, check, check_types, positive
 from talk_dist.training import InnerConfig, StudentConfig
 
+PLACES = ("runtime", "cluster")  # sections that say where a result is computed
 BITS = {"int1": 1, "int2": 2, "int4": 4}  # number formats onto whose grid a result is settled
 SEEDS = 2**31  # some below are sums with it, and scikit-learn's end at 2^32
 
@@ -283,7 +284,7 @@ class DistillConfig:
 
     def deciding(self) -> dict[str, Any]:
         """The settings on which a result depends: all but those of where it is computed."""
-        return {name: value for name, value in self.to_dict().items() if name not in ("runtime", "cluster")}
+        return {name: value for name, value in self.to_dict().items() if name not in PLACES}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DistillConfig:

@@ -175,8 +175,8 @@ def tested(trained_on: TrainingSet, trained: Iterable[Trained], pool: ShardPool,
 
 
 def retention(rows: Sequence[Row], row: Row) -> float | None:
-    """Mean test accuracy relative to the full training set's; None without it."""
-    full = next((r for r in rows if r.name == "full"), None)
+    """Mean test accuracy relative to the full training set's; None without it, or if it is right nowhere."""
+    full = next((r for r in rows if r.name == "full" and max(r.accuracy) > 0), None)
     return None if full is None else float(np.mean(row.accuracy) / np.mean(full.accuracy))
 
 

@@ -171,12 +171,16 @@ def evaluation(
             f"{config.full_epochs} epochs; on deepspeed.workers the lowest training loss counts instead)"
         )
     until = f", until {recipe.select_patience} validations in a row are no better" if recipe.select_patience else ""
+    far = f"{student.depth} hops and " if student.kind != "appnp" else ""  # which goes as far as it always does
+    others = "float16 encodings of the others"
+    if tag.content == "texts":
+        others = "the token ids of a coreset, the texts of the full training set"
     how = (
         f"Mean ± standard deviation over {config.seeds} seeds. Every student is a {student.kind.upper()} of "
-        f"{student.depth} hops and width {student.hidden}, trained for at most {recipe.passes:,} passes at learning "
+        f"{far}width {student.hidden}, trained for at most {recipe.passes:,} passes at learning "
         f"rate {recipe.gnn_lr:g}{until}; {chosen}, the test nodes are scored once. {_chosen(rows)}Bytes: the "
-        "synthetic set as stored, the token ids of a coreset, the texts of the full training set. KRR: the kernel "
-        "predictor, without a student. Retention: relative to the full set."
+        f"synthetic set as stored, {others}. KRR: the kernel predictor, without a student. Retention: relative to the "
+        "full set."
     )
     made = f"Data set hash `{tag.config.get('dataset_hash')}`. Seconds: {took}. Machine: {machine()}."
     title = f"# {tag.config.get('dataset')}: synthetic against real"

@@ -98,6 +98,7 @@ class Distill:
             saved = None
         done = f"{checkpoint.path} holds {_held(saved)}" if saved else "Nothing is saved yet"
         again = ["talk-dist", *(without(call.arguments, "resume") if saved else call.arguments)]
+        again += ["--resume", "auto"] if saved and self.resume == "never" else []  # a file of settings may say it too
         return f"{done}; go on with:\n  {shlex.join(again)}"
 
     def _open(
@@ -179,8 +180,8 @@ class Evaluate:
 
 def identity(tag: PreparedTag, encoder: Encoder, config: DistillConfig) -> dict[str, Any]:
     """All that decides the bits of a run: it can only be resumed where all this is the same."""
-    here = {"data hash": tag.meta["hash"], "threads": torch.get_num_threads(), "weights": encoder.fingerprint}
-    return config.deciding() | here
+    here = {"data hash": tag.meta["hash"], "threads": torch.get_num_threads()}
+    return config.deciding() | here | {"weights, precision or device": encoder.fingerprint}
 
 
 def _evaluate(
@@ -194,7 +195,8 @@ def _evaluate(
     path: str,
     folder: RunFolder | None,
 ) -> None:
-    """Evaluate, write the table into the artifact at ``path`` and, with the picture, into ``folder``, and print it."""
+    """Evaluate, write the table into the artifact at ``path`` and, with a picture, beside it: into ``folder``, or where
+    those of an earlier evaluation lie. Print it."""
     seen = storage.stamp(path)
     rows = evaluate(pool, encoder, synthetic, config, evaluation, tell.progress)
     call.lap("evaluate")
@@ -215,11 +217,11 @@ def _evaluate(
         raise DataError(path, "was replaced while it was evaluated; this table is not kept there: evaluate it again")
     synthetic.save_pretrained(path)
     print(f"artifact    {path}")
-    if folder is not None:
+    if folder is not None or storage.exists(beside(path, EVALUATION)):
         text = report.evaluation(rows, synthetic, evaluation, config.encoder.adapters, call.command, took)
-        storage.write_atomic(folder.path(EVALUATION), text.encode())
-        print(f"evaluation  {folder.path(EVALUATION)}")
-        drawn = plot(synthetic.metrics, str(synthetic.config["dataset"]), folder.path(PICTURE))
+        storage.write_atomic(beside(path, EVALUATION), text.encode())
+        print(f"evaluation  {beside(path, EVALUATION)}")
+        drawn = plot(synthetic.metrics, str(synthetic.config["dataset"]), beside(path, PICTURE))
         print(f"picture     {drawn}")
     print(f"seconds     {took}")
 

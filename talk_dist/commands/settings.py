@@ -6,12 +6,13 @@ name every setting with its value, what is allowed, and the nearest known name.
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -53,8 +54,10 @@ def read(
     before, shared = _settings(list(common), schema, ())
     arguments, given = _settings(arguments, schema, command.positional)
     arguments, given = before + arguments, shared + given
-    files = [(path, _load_yaml(path)) for key, path in given if key == "config"]
-    in_files = [(key, value, path) for path, tree in files for key, value in _flatten(tree, schema)]
+    files = [(path, list(_flatten(_load_yaml(path), schema))) for key, path in given if key == "config"]
+    in_files = [(key, value, path) for path, leaves in files for key, value in leaves]
+    inside = ([_word(schema, *leaf) for leaf in leaves] for _, leaves in files)
+    arguments = [word for each in arguments for word in (next(inside) if each.startswith("--config=") else [each])]
     problems = [str(unknown_key(f"--{key}", [f"--{k}" for k in schema])) for key, _ in given if key not in schema]
     problems += [f"{path}: {unknown_key(key, list(schema))}" for key, _, path in in_files if key not in schema]
     base = preset()
@@ -168,6 +171,12 @@ def _bracketed(kind: Any, value: str) -> str:
     return f"[{value}]" if get_origin(kind) is tuple and not value.lstrip().startswith("[") else value
 
 
+def _word(schema: dict[str, Any], key: str, value: Any) -> str:
+    """A setting of a file as one of the command line, which reads both alike then."""
+    said = value if isinstance(value, str) else json.dumps(value, default=str)
+    return f"--{key}={_bracketed(schema.get(key), said)}"
+
+
 def _load_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
@@ -193,6 +202,8 @@ def _accepts(kind: Any, value: Any) -> bool:
     """Whether jsonargparse takes ``value``, a string of the command line or what YAML read, for this type."""
     if is_dataclass(kind):
         return False
+    if isinstance(value, bool) and get_origin(kind) is Literal:
+        value = json.dumps(value)  # YAML knows no other true and false
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:
@@ -216,5 +227,5 @@ def _build(kind: Any, values: Namespace, where: str, problems: list[str]) -> Any
     try:
         return kind(**arguments)
     except ConfigError as error:  # a recipe is checked by the class of the inner loop, and named after it
-        problems += re.sub(r"(^|; )\w+\.(?=\w+ = )", rf"\1{where}", str(error)).split("; ")
+        problems += re.split(r"; (?=[\w.]+ = )", re.sub(r"(^|; )\w+\.(?=\w+ = )", rf"\1{where}", str(error)))
     return None

@@ -18,7 +18,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from talk_dist.config import BITS
+from talk_dist.config import BITS, PLACES
 from talk_dist.data import storage
 from talk_dist.data.given import given_width
 from talk_dist.errors import DataError
@@ -143,10 +143,12 @@ class SyntheticTAG:
             (folder / CONFIG).write_bytes(storage.to_json(self.config))
 
     def stored_at(self, path: str | Path) -> bool:
-        """Whether this very set is there already and whole, made from the same graph and by the same settings."""
+        """Whether this very set is there already and whole, made from the same graph and by the same settings, wherever
+        they had it computed."""
 
         def made(config: dict[str, Any]) -> bytes:
-            return storage.to_json(config | {"command": ""})
+            settings = {name: value for name, value in config.get("distill", {}).items() if name not in PLACES}
+            return storage.to_json(config | {"command": "", "distill": settings})
 
         try:
             tensors = storage.read_bytes(storage.join(path, TENSORS))

@@ -50,9 +50,16 @@ def num_synthetic(size: float, num_nodes: int) -> int:
 
 
 def class_counts(tag: PreparedTag, config: DistillConfig) -> np.ndarray:
-    """Synthetic nodes of each class (C,). Raises ConfigError if there are fewer than classes."""
+    """Synthetic nodes of each class (C,). Raises ConfigError if a class would get none, or none in some block."""
     m = num_synthetic(config.synthetic.size, tag.num_nodes)
-    return allocate(m, tag.train_class_counts, config.kernel.blocks(m))
+    blocks, counts = config.kernel.blocks(m), tag.train_class_counts
+    found = allocate(m, counts, blocks)
+    if found.min() < blocks:
+        raise ConfigError(
+            f"kernel.block = {config.kernel.block}: {m} synthetic nodes of {len(counts)} classes would be {blocks} "
+            f"blocks, some of which lack a class; set {-(-m // (m // len(counts)))} or more, or 0"
+        )
+    return found
 
 
 def one_hot_labels(counts: np.ndarray) -> Tensor:

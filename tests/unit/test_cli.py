@@ -147,13 +147,15 @@ def test_distill_leaves_what_it_says(finished):
 
 
 def test_what_a_result_was_found_to_be_worth_goes_only_with_the_result(finished, tags, encoder_folder, tmp_path):
-    """A finished run again leaves its evaluation; another result takes it away. What is damaged is made again."""
+    """A finished run again, wherever it is computed, leaves its evaluation; another result takes it away. What is
+    damaged is made again."""
     run = shutil.copytree(finished, tmp_path / "run")
     settings = {"data": tags[2].path, "out": run, "encoder.name": encoder_folder} | SMALL
     worth = ["evaluation.md", "run.png", "synthetic/metrics.json", "synthetic/README.md"]
     before = [(run / name).read_bytes() for name in worth]
-    assert main(["distill", *flat(settings)]) == 0
-    assert [(run / name).read_bytes() for name in worth] == before
+    for elsewhere in ({}, {"runtime.cache": "false", "cluster.attempts": 7}):
+        assert main(["distill", *flat(settings | elsewhere)]) == 0
+        assert [(run / name).read_bytes() for name in worth] == before
     again, artifact = settings | {"seed": 1}, run / "synthetic"
     damages = [
         lambda: again.update(resume="never"),
@@ -181,12 +183,18 @@ def test_evaluate_writes_into_the_artifact(finished, tags, told, tmp_path):
     tag.save_pretrained(tmp_path / "copy")
     settings = flat({"data": tags[2].path, "seeds": 1, "against": "medoid", "student.kind": "sage", "recipe.passes": 5})
     out, _ = told("evaluate", tmp_path / "copy", *settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
     after = SyntheticTAG.from_pretrained(tmp_path / "copy")
     assert [row["name"] for row in after.metrics["evaluation"]["rows"]] == ["synthetic", "medoid"]
     assert after.metrics["evaluation"]["config"]["student"]["kind"] == "sage"
     assert after.token_embeds.equal(tag.token_embeds)
     assert after.metrics["evaluation"]["markdown"] in out
     assert "SAGE students on the frozen encoder, trained on 6" in out
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "run.png").read_bytes()
+    told("evaluate", run, *settings)  # a run's page says what its artifact says
+    assert after.metrics["evaluation"]["markdown"] in (run / "evaluation.md").read_text()
+    assert (run / "run.png").read_bytes() != before
 
 
 def test_an_artifact_is_evaluated_wherever_one_is(tags, encoder_folder, told, tmp_path):

@@ -1,6 +1,7 @@
 """Coresets against their definitions by brute force, and how a synthetic set starts."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from talk_dist.runtime.pool import TrainSample
 from talk_dist.runtime.teacher import RealSide
 from talk_dist.synthetic.coresets import METHODS, allocate, centres, herding, kcenter, medoid, select
 from talk_dist.synthetic.encodings import optimise_encodings
-from talk_dist.synthetic.init import embed, fit_tokens, initialise, num_synthetic
+from talk_dist.synthetic.init import class_counts, embed, fit_tokens, initialise, num_synthetic
 
 counts_of_classes = st.lists(st.integers(1, 60), min_size=1, max_size=5)
 
@@ -57,6 +58,18 @@ def test_fewer_nodes_than_classes_are_refused():
     """With the size that would do."""
     with pytest.raises(ConfigError, match=r"2 nodes for 3 classes; .*--synthetic\.size 3"):
         allocate(2, np.array([5, 5, 5]))
+
+
+def test_blocks_that_would_lack_a_class_are_refused():
+    """With the size of block that would do."""
+    tag = SimpleNamespace(num_nodes=1000, train_class_counts=np.full(20, 9))
+    for size, least in ((20, 20), (40, 20), (50, 25)):
+        sections = {"synthetic": {"size": size}, "kernel": {"block": least - 1}}
+        with pytest.raises(ConfigError, match=rf"kernel\.block = {least - 1}: {size} .*; set {least} or more, or 0"):
+            class_counts(tag, DistillConfig.from_dict(sections))
+        for block in (least, 0):
+            sections["kernel"]["block"] = block
+            assert class_counts(tag, DistillConfig.from_dict(sections)).sum() == size
 
 
 @st.composite

@@ -254,6 +254,8 @@ def test_the_table_and_retention():
             Row("full", 1000, 99, (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), None)]  # fmt: skip
     assert retention(rows, rows[0]) == pytest.approx(0.85)
     assert retention(rows[:1], rows[0]) is None
+    wrong = dataclasses.replace(rows[1], accuracy=(0.0,))
+    assert retention([rows[0], wrong], rows[0]) is None
     assert "| synthetic | 7 | 1,200 | 0.850 ± 0.050 | 0.700 ± 0.000 | 0.810 | 0.850 |" in table(rows)
     assert "| full | 1,000 | 99 | 1.000 ± 0.000 | 1.000 ± 0.000 | – | 1.000 |" in table(rows)
     assert as_metrics(rows, quick())["retention"]["full"] == 1.0

@@ -122,10 +122,12 @@ def test_every_signal_at_random_moments(whole, command, forks, tmp_path):
     _assert_same_run(out, reference)
 
 
-def test_the_advice_is_a_command_that_goes_on(command, tmp_path):
-    """Once with the real program: Ctrl-C, its exit code, and the very words it says to type."""
-    longer = ["--outer.epochs", "12", "--outer.patience", "13"]
-    words = [sys.executable, "-m", "talk_dist", *command("frozen", tmp_path / "run"), *longer, "--resume", "never"]
+def test_the_advice_is_a_command_that_goes_on(command, tmp_path, capsys):
+    """Once with the real program: Ctrl-C, its exit code, and the very words it says to type, though a file says never
+    to go on."""
+    (tmp_path / "never.yaml").write_text("resume: never\nouter: {epochs: 12, patience: 13}\n")
+    words = [*command("frozen", tmp_path / "run"), "--config", str(tmp_path / "never.yaml")]
+    words = [sys.executable, "-m", "talk_dist", *words]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _wait_for(lambda: process.poll() is not None or _epochs(tmp_path / "run") >= 1)
@@ -138,8 +140,8 @@ def test_the_advice_is_a_command_that_goes_on(command, tmp_path):
     assert "checkpoint.safetensors holds" in errors  # the epoch of the log may not be saved yet
     advice = errors.strip().splitlines()[-1].split()
     assert advice[:2] == ["talk-dist", "distill"]
-    assert "--resume" not in advice
     assert main(advice[1:]) == 0
+    assert "going on with what" in capsys.readouterr().out
     assert (tmp_path / "run" / "synthetic" / "config.json").exists()
 
 

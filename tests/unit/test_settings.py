@@ -106,6 +106,27 @@ def test_one_message_and_exit_code_two(arguments, problem, told, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_says_what_a_command_line_can(tmp_path):
+    """YAML's own true and false for a choice, one of a list by itself, a section by its kind, nothing at all."""
+
+    def found(name, text):
+        (tmp_path / "c.yaml").write_text(text)
+        return read(COMMANDS[name], ["--config", str(tmp_path / "c.yaml")])
+
+    assert found("evaluate", "adapters: false")[0].adapters == "false"
+    assert found("prepare", "packages: torch")[0].packages == ("torch",)
+    config, evaluation = found("distill", "encoder.targets: query\nevaluation: {against: full}")[1:]
+    assert (config.encoder.targets, evaluation.against) == (("query",), ("full",))
+    for text in ("", "# outer.lr: 1e-3\n"):
+        assert found("distill", text) == read(COMMANDS["distill"], [])
+
+
+def test_one_problem_of_two_sentences_is_one(told):
+    _, err = told("distill", "--synthetic.learn_labels", "true", "--outer.epochs", "0", code=2)
+    assert "problems" not in err
+    assert "labels are learned in outer steps; set outer.epochs" in err
+
+
 @pytest.mark.parametrize("text", ["encoder: [", "- secret\n- 2\n", "secret words"])
 def test_yaml_that_holds_no_settings(text, told, tmp_path):
     """A wrong file may be anything: its content stays where it is."""
