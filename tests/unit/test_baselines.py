@@ -1,5 +1,7 @@
 """Baselines at the level of encodings against formulas written out, and that they improve on where they start."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import reference
@@ -23,6 +25,7 @@ from talk_dist.synthetic.baselines import (
 from talk_dist.synthetic.coresets import class_centres, select
 
 COUNTS = np.array([3, 1, 2])
+METHODS = FEATURE_LEVEL | {"gcond-x": partial(gcond_x, models=4)}  # of twenty, each as long as any
 
 
 def mixture(seed=0, per_class=(60, 20, 40), width=12, spread=1.4):
@@ -41,11 +44,11 @@ def scaled(sample, factor):
 # -- every baseline ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FEATURE_LEVEL)
+@pytest.mark.parametrize("name", METHODS)
 def test_nodes_come_class_by_class_with_their_labels(name):
     """As many as asked of each class, near that class; float32, finite, and not bound to a graph of gradients."""
     sample = mixture(spread=0.1)
-    h_s, y_s = FEATURE_LEVEL[name](sample, COUNTS, 0)
+    h_s, y_s = METHODS[name](sample, COUNTS, 0)
     assert (h_s.shape, y_s.shape) == ((6, 12), (6, 3))
     assert h_s.dtype == y_s.dtype == torch.float32
     assert not h_s.requires_grad
@@ -56,12 +59,12 @@ def test_nodes_come_class_by_class_with_their_labels(name):
     assert torch.equal(cosine.argmax(1), y_s.argmax(1))
 
 
-@pytest.mark.parametrize("name", FEATURE_LEVEL)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_seed_gives_the_same_and_disturbs_nothing(name):
     """Twice the same bits, neither the sample nor any global random state touched; another seed, another result."""
     sample, torch_state, numpy_state = mixture(), torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     before = sample.features.copy()
-    first, again, other = (FEATURE_LEVEL[name](sample, COUNTS, seed)[0] for seed in (0, 0, 1))
+    first, again, other = (METHODS[name](sample, COUNTS, seed)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert torch.equal(first, other) == (name == "gc-sntk")  # whose only draw is that of the sample
     np.testing.assert_array_equal(sample.features, before)
@@ -69,21 +72,21 @@ def test_a_seed_gives_the_same_and_disturbs_nothing(name):
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
 
 
-@pytest.mark.parametrize("name", FEATURE_LEVEL)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_size_of_the_encodings_does_not_matter(name):
     """Those of an encoder that is 16 times as loud give 16 times the result: rates are relative."""
     sample = mixture()
-    small, large = (FEATURE_LEVEL[name](s, COUNTS, 0)[0] for s in (sample, scaled(sample, 16)))
+    small, large = (METHODS[name](s, COUNTS, 0)[0] for s in (sample, scaled(sample, 16)))
     torch.testing.assert_close(16 * small, large, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
-@pytest.mark.parametrize("name", FEATURE_LEVEL)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_class_with_fewer_rows_than_nodes_is_no_trouble(name):
     """Two rows for four nodes, one row repeated: nothing is divided by zero."""
     sample = mixture(per_class=(30, 2, 30))
     sample.features[32:] = sample.features[32]
-    h_s, y_s = FEATURE_LEVEL[name](sample, np.array([2, 4, 3]), 0)
+    h_s, y_s = METHODS[name](sample, np.array([2, 4, 3]), 0)
     assert torch.isfinite(h_s).all()
     assert torch.isfinite(y_s).all()
     if name != "gc-sntk":
